@@ -1,0 +1,369 @@
+"""The fused checkpoint: the hand-over from training to every exporter, and the only one.
+
+A directory:
+
+    model.safetensors      or shards with the usual index; per quantized weight NAME (its HF parameter name)
+                             NAME.codes   uint8    [O, I]  unsigned, unpacked
+                             NAME.scales  float16  [O, G]  exactly as the wire stores them
+                             NAME.zeros   uint8    [O, G]  asymmetric grids only
+                           and every other parameter under its HF name, in its own dtype
+    fused.json             {"format": "lrqat-fused", "version": 1,
+                            "weights": {NAME: {"grid", "shape", "sha256"}}, "provenance": {...}}
+    config.json, generation_config.json, tokenizer and chat-template files, as they came
+
+`load` opens nothing but headers; each tensor is read, and its hash checked, when it is asked for. So an
+export takes the memory of the largest tensor, not of the model. Refuses unknown versions and grids,
+truncated files, tensors that the index does not know and the reverse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lrqat.errors import LrqatError
+from lrqat.grid import Grid, dequantize
+from lrqat.safestream import DTYPE_NAMES, Entry, tensor_bytes, write_model
+
+VERSION = 1
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+# Everything beside the weights that a Hugging Face model directory carries to its users.
+ASSETS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class FusedTensor:
+    """One quantized weight.
+
+    Attributes:
+        codes_OI: uint8 [O, I], unsigned codes in [0, 2^bits - 1].
+        scales_OG: float16 [O, G], the wire's own values.
+        zeros_OG: uint8 [O, G], or None for a symmetric grid (z = 2^(bits-1)).
+        grid: the grid these codes lie on.
+    """
+
+    codes_OI: Tensor
+    scales_OG: Tensor
+    zeros_OG: Tensor | None
+    grid: Grid
+
+    def dequantize(self) -> Tensor:
+        """s * (q - z), float32 [O, I], exact."""
+        return dequantize(self.codes_OI, self.scales_OG, self.zeros())
+
+    def zeros(self) -> Tensor | int:
+        """The zeros, or the one zero of a symmetric grid."""
+        return self.grid.midpoint if self.zeros_OG is None else self.zeros_OG
+
+    def sha256(self) -> str:
+        """Hash over the bytes of codes, scales and zeros, in this order."""
+        digest = hashlib.sha256()
+        for tensor in (self.codes_OI, self.scales_OG, self.zeros_OG):
+            if tensor is not None:
+                digest.update(tensor_bytes(tensor))
+        return digest.hexdigest()
+
+    def check(self, name: str) -> None:
+        """Refuse shapes, dtypes and codes that the grid does not have."""
+        if (self.zeros_OG is None) != self.grid.symmetric:
+            raise LrqatError(f"{name}: grid {self.grid} and the presence of zeros contradict each other")
+        rows, columns = self.codes_OI.shape
+        for part, dtype, shape in FusedSpec(self.grid, (rows, columns)).parts(name):
+            tensor: Tensor = getattr(self, part)
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise LrqatError(
+                    f"{_key(name, part)}: expected {dtype} {list(shape)} for grid {self.grid}, "
+                    f"got {tensor.dtype} {list(tensor.shape)}"
+                )
+            if dtype == torch.uint8 and self.grid.bits < 8 and tensor.max() >= self.grid.levels:
+                raise LrqatError(f"{_key(name, part)}: {int(tensor.max())} is no code of grid {self.grid}")
+        if not torch.isfinite(self.scales_OG).all():
+            raise LrqatError(f"{name}.scales: not finite")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Dtype and shape of a dense tensor, known without reading it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FusedSpec:
+    """Grid and [O, I] of a quantized weight, known without reading it."""
+
+    grid: Grid
+    shape: tuple[int, int]
+
+    def parts(self, name: str) -> list[tuple[str, torch.dtype, tuple[int, int]]]:
+        """What the weight is made of: (field of FusedTensor, dtype, shape)."""
+        rows, columns = self.shape
+        groups = (rows, columns // self.grid.columns_per_group(columns, name))
+        symmetric = [("codes_OI", torch.uint8, self.shape), ("scales_OG", torch.float16, groups)]
+        return symmetric if self.grid.symmetric else [*symmetric, ("zeros_OG", torch.uint8, groups)]
+
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Lazy(Mapping[str, V]):
+    """Tensors by name, each made when asked for and never kept."""
+
+    specs: Mapping[str, Any]
+    make: Callable[[str], V]
+
+    def __getitem__(self, name: str) -> V:
+        if name not in self.specs:
+            raise KeyError(name)
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+@dataclass(frozen=True)
+class FusedCheckpoint:
+    """A quantized model; its tensors are lazy whether they come from a live model or from disk.
+
+    Attributes:
+        tensors: quantized weights by HF parameter name.
+        dense: all other parameters by HF name.
+        specs: grid and shape of every quantized weight.
+        dense_specs: dtype and shape of every dense tensor.
+        hf_config: the model's config.json.
+        assets: file name -> bytes: tokenizer, chat template, generation config.
+        provenance: method, hyper-parameters, base model and its hash, data, tool versions.
+    """
+
+    tensors: Mapping[str, FusedTensor]
+    dense: Mapping[str, Tensor]
+    specs: Mapping[str, FusedSpec]
+    dense_specs: Mapping[str, Spec]
+    hf_config: dict[str, Any]
+    assets: dict[str, bytes]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tied_head(self) -> bool:
+        """The output head shares the embedding's tensor."""
+        return bool(self.hf_config.get("tie_word_embeddings", False))
+
+    def counts(self) -> dict[str, int]:
+        """Parameters: how many are quantized, how many stay dense."""
+        quantized = sum(s.shape[0] * s.shape[1] for s in self.specs.values())
+        dense = sum(torch.Size(s.shape).numel() for s in self.dense_specs.values())
+        return {"quantized_weights": len(self.specs), "quantized": quantized, "dense": dense}
+
+    def save(self, directory: Path) -> Path:
+        """Write the directory; it appears under its name only when complete, replacing a previous one."""
+        hashes: dict[str, str] = {}
+
+        @lru_cache(maxsize=1)  # a weight's parts follow each other: it is made once, then let go
+        def fused(name: str) -> FusedTensor:
+            tensor = self.tensors[name]
+            tensor.check(name)
+            hashes[name] = tensor.sha256()
+            return tensor
+
+        entries: list[Entry] = []
+        for name, spec in self.specs.items():
+            for part, dtype, shape in spec.parts(name):
+                entries.append(Entry(_key(name, part), dtype, shape, partial(_field, fused, name, part)))
+        for name, dense in self.dense_specs.items():
+            entries.append(Entry(name, dense.dtype, dense.shape, partial(self.dense.__getitem__, name)))
+        with fresh_directory(directory) as fresh:
+            write_model(fresh, entries, {"format": "pt"})
+            weights = {
+                name: {"grid": str(spec.grid), "shape": list(spec.shape), "sha256": hashes[name]}
+                for name, spec in self.specs.items()
+            }
+            write_json(
+                fresh / "fused.json",
+                {"format": "lrqat-fused", "version": VERSION, "weights": weights, "provenance": self.provenance},
+            )
+            self.write_assets(fresh)
+        return directory
+
+    def write_assets(self, directory: Path, **config_changes: Any) -> None:
+        """Write config.json (with changes) and the tokenizer files as they came."""
+        for name, content in self.assets.items():
+            (directory / name).write_bytes(content)
+        write_json(directory / "config.json", {**self.hf_config, **config_changes})
+
+    @classmethod
+    def load(cls, directory: Path) -> FusedCheckpoint:
+        """Open a fused checkpoint; tensors are read and their hashes checked when asked for."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise LrqatError(f"{directory}: no such directory; expected a fused checkpoint as `lrqat train` writes it")
+        index_path = directory / "fused.json"
+        if not index_path.is_file():
+            raise LrqatError(f"{directory}: no fused.json; expected a fused checkpoint (RUN/fused of `lrqat train`)")
+        index = read_json(index_path)
+        if index.get("format") != "lrqat-fused" or index.get("version") != VERSION:
+            raise LrqatError(
+                f"{index_path}: expected format lrqat-fused version {VERSION}, got {index.get('format')!r} "
+                f"version {index.get('version')!r}; use the lrqat that wrote it"
+            )
+        files = SafetensorsDirectory(directory)
+        weights = index["weights"]
+        specs = {name: FusedSpec(Grid.parse(w["grid"]), (w["shape"][0], w["shape"][1])) for name, w in weights.items()}
+        parts = {_key(name, part) for name, spec in specs.items() for part, _, _ in spec.parts(name)}
+        missing = parts - files.specs.keys()
+        if missing:
+            raise LrqatError(f"{directory}: tensor {min(missing)} is in fused.json but in no safetensors file")
+        dense_specs = {name: spec for name, spec in files.specs.items() if name not in parts}
+        stray = [n for n in dense_specs if n.rsplit(".", 1)[-1] in ("codes", "scales", "zeros")]
+        if stray:
+            raise LrqatError(f"{directory}: tensor {stray[0]} belongs to no weight of fused.json")
+
+        def fused(name: str) -> FusedTensor:
+            grid = specs[name].grid
+            found = FusedTensor(
+                files.get(f"{name}.codes"),
+                files.get(f"{name}.scales"),
+                None if grid.symmetric else files.get(f"{name}.zeros"),
+                grid,
+            )
+            found.check(name)
+            if tuple(found.codes_OI.shape) != specs[name].shape or found.sha256() != weights[name]["sha256"]:
+                raise LrqatError(f"{directory}: {name} does not match its SHA-256 in fused.json; the file was changed")
+            return found
+
+        return cls(
+            tensors=Lazy(specs, fused),
+            dense=Lazy(dense_specs, files.get),
+            specs=specs,
+            dense_specs=dense_specs,
+            hf_config=read_json(directory / "config.json"),
+            assets=read_assets(directory),
+            provenance=index["provenance"],
+        )
+
+
+def _field(fused: Callable[[str], FusedTensor], name: str, part: str) -> Tensor:
+    found: Tensor = getattr(fused(name), part)
+    return found
+
+
+def _key(name: str, part: str) -> str:
+    return f"{name}.{part.removesuffix('_OI').removesuffix('_OG')}"
+
+
+class SafetensorsDirectory:
+    """All tensors of a directory's safetensors files: headers now, values when asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        paths = sorted(directory.glob("*.safetensors"))
+        if not paths:
+            raise LrqatError(
+                f"{directory}: no safetensors file (pickled .bin weights are not read; convert them first)"
+            )
+        self.paths = paths
+        self.file_of: dict[str, Path] = {}
+        self.specs: dict[str, Spec] = {}
+        for path in paths:
+            with open_safetensors(path) as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if name in self.file_of:
+                        raise LrqatError(f"{path}: tensor {name} occurs in {self.file_of[name].name} too")
+                    part = file.get_slice(name)
+                    dtype = TORCH_DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        raise LrqatError(
+                            f"{path}: tensor {name} has dtype {part.get_dtype()}, which lrqat does not know"
+                        )
+                    self.file_of[name] = path
+                    self.specs[name] = Spec(dtype, tuple(part.get_shape()))
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor."""
+        with open_safetensors(self.file_of[name]) as file:
+            return file.get_tensor(name)
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """`safe_open` for the CPU, with its errors as one line that names the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise LrqatError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
+
+
+@contextmanager
+def fresh_directory(final: Path) -> Iterator[Path]:
+    """A directory to fill; renamed to `final` if all went well, else removed."""
+    partial = final.with_name(final.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir()
+    try:
+        yield partial
+        old = final.with_name(final.name + ".old")
+        if final.exists():
+            os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read_assets(directory: Path) -> dict[str, bytes]:
+    """The files of ASSETS that exist, but for config.json."""
+    found = {name: directory / name for name in ASSETS if name != "config.json"}
+    return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or one line that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LrqatError(f"{path}: no such file") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise LrqatError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise LrqatError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside, then rename."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

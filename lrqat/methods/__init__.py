@@ -1,0 +1,1 @@
+"""How codes are found: every method is a WeightQuantizer."""

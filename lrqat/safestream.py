@@ -1,0 +1,123 @@
+"""Write safetensors tensor by tensor: memory is bounded by the largest tensor, never by the model.
+
+`safetensors.torch.save_file` wants every tensor at once; the format does not:
+
+    u64 little endian   N, bytes of the header
+    N bytes             JSON: name -> {dtype, shape, data_offsets [begin, end)}, "__metadata__"; padded with
+                        spaces so that the data starts at a multiple of 8
+    the data            tensors, contiguous, row-major, little endian, in the order of their offsets
+
+Source: huggingface/safetensors README. Files appear under their final name only when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to be written: its name, dtype and shape now, its values when their turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor on disk."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+def write_model(
+    directory: Path, entries: Sequence[Entry], metadata: dict[str, str], max_shard_bytes: int = 5 * 10**9
+) -> list[Path]:
+    """Write `model.safetensors`, or numbered shards with `model.safetensors.index.json`, as transformers does."""
+    shards: list[list[Entry]] = [[]]
+    used = 0
+    for entry in entries:
+        if shards[-1] and used + entry.nbytes > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(entry)
+        used += entry.nbytes
+    if len(shards) == 1:
+        path = directory / "model.safetensors"
+        write_file(path, shards[0], metadata)
+        return [path]
+    paths = [directory / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for path, shard in zip(paths, shards, strict=True):
+        write_file(path, shard, metadata)
+    index = {
+        "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
+        "weight_map": {entry.name: path.name for path, shard in zip(paths, shards, strict=True) for entry in shard},
+    }
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return paths
+
+
+def write_file(path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> None:
+    """Write one safetensors file; `path` exists only if every tensor was written."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for entry in entries:
+        if entry.name in header:
+            raise ValueError(f"{path}: tensor {entry.name} occurs twice")
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for entry in entries:
+                tensor = entry.make()
+                if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+                    raise ValueError(
+                        f"{path}: {entry.name} was announced as {entry.dtype} {entry.shape}, "
+                        f"got {tensor.dtype} {tuple(tensor.shape)}"
+                    )
+                file.write(tensor_bytes(tensor))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values as bytes, row-major, without a copy when it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Runtimes: start them, check them against the fake-quant model, measure them."""
