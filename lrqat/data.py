@@ -1,0 +1,122 @@
+"""Text to blocks of token ids.
+
+A source is a text file (one continuous text), a .jsonl file, or a dataset on the Hugging Face hub, spelled
+NAME[:CONFIG][@SPLIT]. Rows of the latter two hold one of
+
+    {"text": ...}                                     plain text
+    {"messages": [{"role", "content"}, ...]}          a conversation, through the chat template
+    {"prompt": ..., "response": ...}                  one turn, through the chat template
+
+Documents are tokenized, ended with the tokenizer's EOS token (chat templates end themselves), joined, and cut
+into blocks of equal length; the rest is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrqat.errors import LrqatError
+
+PIECE_CHARACTERS = 1 << 16  # tokenizers slow down on megabytes in one string
+
+
+def default_texts() -> list[str]:
+    """Prose that every CPython carries: the language reference as `help()` shows it, about 700 kB of English."""
+    from pydoc_data.topics import topics
+
+    return [topics[key] for key in sorted(topics)]
+
+
+def documents(source: str) -> Iterator[str | list[dict[str, str]]]:
+    """Texts and conversations of one source."""
+    path = Path(source).expanduser()
+    if path.suffix == ".jsonl" and path.is_file():
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                    except ValueError as error:
+                        raise LrqatError(f"{source}:{number}: not JSON ({error})") from None
+                    yield _document(row, f"{source}:{number}")
+    elif path.is_file():
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise LrqatError(f"{source}: not UTF-8 text ({error}); use .txt, .jsonl or a hub dataset") from None
+    else:
+        for number, row in enumerate(_hub_rows(source)):
+            yield _document(row, f"{source} row {number}")
+
+
+def _document(row: Any, where: str) -> str | list[dict[str, str]]:
+    match row:
+        case {"text": str(text)}:
+            return text
+        case {"messages": list(messages)}:
+            return messages
+        case {"prompt": str(prompt), "response": str(response)}:
+            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    raise LrqatError(f"{where}: expected the field text, messages, or prompt and response; got {found}")
+
+
+def _hub_rows(source: str) -> Iterator[Any]:
+    name, _, split = source.partition("@")
+    name, _, config = name.partition(":")
+    if "." in Path(source).suffix or (source.count("/") > 1 and not Path(name).is_dir()):
+        raise LrqatError(f"{source}: no such file")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise LrqatError(f"{source}: no such file; to read it as a hub dataset: pip install 'lrqat[hub]'") from None
+    try:
+        return iter(load_dataset(name, config or None, split=split or "train", streaming=True))
+    except Exception as error:  # the hub client raises whatever its HTTP library raises
+        raise LrqatError(f"{source}: no such file, and no such dataset ({str(error).splitlines()[0]})") from None
+
+
+def token_stream(sources: list[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids, piece by piece."""
+    for document in (d for source in sources for d in documents(source)) if sources else iter(default_texts()):
+        if isinstance(document, str):
+            yield from _text_ids(document, tokenizer)
+        elif getattr(tokenizer, "chat_template", None) is None:
+            raise LrqatError("data: a conversation needs a chat template, and the tokenizer has none; give plain text")
+        else:
+            yield tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)["input_ids"]
+
+
+def _text_ids(text: str, tokenizer: Any) -> Iterator[list[int]]:
+    """Ids of one text, cut at line ends into pieces; special tokens of the tokenizer at the start, EOS at the end."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE_CHARACTERS)
+        piece = text[start : end + 1 if end >= 0 else len(text)]
+        yield tokenizer(piece, add_special_tokens=start == 0, verbose=False)["input_ids"]
+        start += len(piece)
+    if tokenizer.eos_token_id is not None:
+        yield [tokenizer.eos_token_id]
+
+
+def blocks(sources: list[str], tokenizer: Any, length: int, limit: int | None = None) -> Tensor:
+    """Int64 [N, length]: the sources' tokens in blocks, at most `limit` of them.
+
+    Raises:
+        LrqatError: a source cannot be read, or there is less than one block of text.
+    """
+    ids: list[int] = []
+    for piece in token_stream(sources, tokenizer):
+        ids += piece
+        if limit is not None and len(ids) >= limit * length:
+            break
+    count = len(ids) // length if limit is None else min(len(ids) // length, limit)
+    if count == 0:
+        raise LrqatError(f"data: {len(ids)} tokens are less than one block of {length}; give more text or --seq-len")
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)

@@ -1,0 +1,112 @@
+"""Perplexity, KL and top-1 agreement of one model against another, on the same tokens.
+
+    token perplexity   exp(mean -log q(next token))
+    word perplexity    exp(total nats / words), words split at white space: comparable between tokenizers
+    KL                 mean KL(reference || model), nats per token
+    top-1              share of tokens where both models rank the same token first
+
+Logits exist for one block's chunk at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrqat.data import blocks
+from lrqat.fused import FusedCheckpoint
+from lrqat.models import fake_quant_model, fused_tokenizer, locate
+from lrqat.progress import bar
+
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of one model on one text; kl and top1 need a reference."""
+
+    tokens: int
+    context: int
+    perplexity: float
+    word_perplexity: float | None
+    kl: float | None
+    top1: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def hidden_states(body: Any, block_T: Tensor) -> Tensor:
+    """Final hidden states [T, H] of one block."""
+    states: Tensor = body(block_T[None], use_cache=False).last_hidden_state[0]
+    return states
+
+
+@torch.no_grad()
+def score(
+    model: Any,
+    blocks_NT: Tensor,
+    reference: Any | None = None,
+    words: int | None = None,
+) -> Scores:
+    """Compare `model` with `reference` on blocks of token ids, each block its own context.
+
+    Args:
+        model: a causal language model with a plain linear head.
+        blocks_NT: int64 [N, T].
+        reference: the full-precision model, or None.
+        words: words that the blocks' text has, for the word perplexity.
+    """
+    nats = kl = 0.0
+    same = predicted = 0
+    head = model.get_output_embeddings().weight
+    other_head = None if reference is None else reference.get_output_embeddings().weight
+    for block_T in bar(blocks_NT, "evaluate"):
+        hidden_TH = hidden_states(model.base_model, block_T)
+        other_TH = hidden_states(reference.base_model, block_T) if reference is not None else None
+        for start in range(0, len(block_T) - 1, CHUNK_TOKENS):
+            chunk = slice(start, min(start + CHUNK_TOKENS, len(block_T) - 1))
+            next_C = block_T[chunk.start + 1 : chunk.stop + 1]
+            log_q_CV = (hidden_TH[chunk] @ head.T).float().log_softmax(1)
+            nats -= log_q_CV.gather(1, next_C[:, None]).double().sum().item()
+            predicted += len(next_C)
+            if other_TH is not None and other_head is not None:
+                log_p_CV = (other_TH[chunk] @ other_head.T).float().log_softmax(1)
+                kl += (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(1).double().sum().item()
+                same += int((log_p_CV.argmax(1) == log_q_CV.argmax(1)).sum())
+    compared = reference is not None
+    return Scores(
+        tokens=predicted,
+        context=blocks_NT.shape[1],
+        perplexity=math.exp(nats / predicted),
+        word_perplexity=math.exp(nats / words) if words else None,
+        kl=kl / predicted if compared else None,
+        top1=same / predicted if compared else None,
+    )
+
+
+def load_any(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer) of a fused checkpoint (dequantized), or of anything that `locate` finds."""
+    if (Path(source) / "fused.json").is_file():
+        checkpoint = FusedCheckpoint.load(Path(source))
+        return fake_quant_model(checkpoint, dtype), fused_tokenizer(checkpoint)
+    base = locate(source)
+    return base.model(dtype), base.tokenizer
+
+
+def evaluate_files(
+    source: str, reference: str | None, texts: list[str], length: int, limit: int | None, dtype: str
+) -> Scores:
+    """`score` for a model by name on text files by name; the tokenizer is the model's own."""
+    model, tokenizer = load_any(source, getattr(torch, dtype))
+    blocks_NT = blocks(texts, tokenizer, length, limit)
+    words = sum(len(tokenizer.decode(block).split()) for block in blocks_NT)
+    other = None if reference is None else load_any(reference, getattr(torch, dtype))[0]
+    return score(model, blocks_NT, other, words)

@@ -1,0 +1,114 @@
+"""Swap a model's linear layers for quantized ones, and fuse the result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrqat.errors import LrqatError
+from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
+from lrqat.methods.base import WeightQuantizer
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose weight is a WeightQuantizer; the bias stays as it was."""
+
+    def __init__(self, quantizer: WeightQuantizer, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        output: Tensor = self.quantizer(x, self.bias)
+        return output
+
+
+def linear_names(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
+    """Names of the linear layers to quantize: all but the output head and those that match a `skip` pattern.
+
+    `skip` holds regular expressions that are searched in the module's name.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not any(re.search(p, name) for p in skip)
+    ]
+    if not names:
+        raise LrqatError(f"{type(model).__name__}: no linear layer to quantize; is `--skip` too wide?")
+    return names
+
+
+def swap_linears(
+    model: nn.Module, make: Callable[[str, Tensor], WeightQuantizer], skip: Sequence[str] = ()
+) -> list[str]:
+    """Replace linear layers in place, one at a time, each freeing its weight; everything else is frozen.
+
+    Args:
+        model: a transformers causal language model.
+        make: (parameter name, weight [O, I]) -> quantizer.
+        skip: see `linear_names`.
+
+    Returns:
+        the parameter names of the quantized weights, as the HF checkpoint spells them.
+    """
+    model.requires_grad_(False)
+    swapped = []
+    for name in linear_names(model, skip):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        parent, _, child = name.rpartition(".")
+        quantizer = make(f"{name}.weight", linear.weight.detach())
+        setattr(model.get_submodule(parent), child, QuantLinear(quantizer, linear.bias))
+        swapped.append(f"{name}.weight")
+    return swapped
+
+
+def quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:
+    """The quantizers of a swapped model, by the HF name of their weight."""
+    return {f"{name}.weight": m.quantizer for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def fuse_model(
+    model: nn.Module, hf_config: dict[str, Any], assets: dict[str, bytes], provenance: dict[str, Any]
+) -> FusedCheckpoint:
+    """The swapped model as a fused checkpoint; tensors are fused when asked for, each checked.
+
+    Raises:
+        RuntimeError: a weight's `dequantize()` differs from the weight of the training forward in any bit.
+    """
+    found = quantizers(model)
+
+    def fuse(name: str) -> FusedTensor:
+        fused = found[name].fuse()
+        if not torch.equal(fused.dequantize(), found[name].weight().cpu()):
+            raise RuntimeError(f"{name}: the fused weight is not the weight of the training forward")
+        return fused
+
+    dense = dense_tensors(model)
+    return FusedCheckpoint(
+        tensors=Lazy(found, fuse),
+        dense=dense,
+        specs={name: FusedSpec(q.grid, q.shape) for name, q in found.items()},
+        dense_specs={name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()},
+        hf_config=hf_config,
+        assets=assets,
+        provenance=provenance,
+    )
+
+
+def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer that no quantizer owns, by HF name; a tied head only once."""
+    dense: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if ".quantizer." in name or tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        dense[name] = tensor.detach()
+    return dense

@@ -1,0 +1,124 @@
+"""Losses on the output head, chunk by chunk: the logits of all T tokens and V words never exist at once.
+
+    KD   L = 1/N sum_t KL(p_t || q_t),  p = softmax(W h_teacher), q = softmax(W h_student)
+    CE   L = 1/N sum_t -log q_t[next token]
+
+Both have dL/dlogits = (q - p) / N with p the teacher's distribution or the one-hot target, so the gradient of
+the hidden states is formed in the forward pass, chunk by chunk, and nothing else is kept (as Liger-Kernel does
+for CE). The head is frozen. The teacher is present as its final hidden states alone (lrqat.teacher).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrqat.errors import LrqatError
+
+CHUNK_TOKENS = 128  # tokens of one matrix product with the head
+CACHED_LOGITS = 1 << 18  # logits of one round of element-wise work: three float32 buffers fit in a core's L2 cache
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean loss over tokens of softmax(W h), for a teacher's hidden states or target ids."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, head_VH: Tensor, target: Tensor) -> Tensor:
+        """Loss, float32 scalar.
+
+        Args:
+            hidden_TH: the student's final hidden states.
+            head_VH: the head's weight.
+            target: int64 [T] next tokens (CE), or [T, H] the teacher's final hidden states (KD).
+        """
+        tokens, words = len(hidden_TH), len(head_VH)
+        total = torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
+        grad_TH = torch.empty_like(hidden_TH)
+        q_CV = hidden_TH.new_empty(min(CHUNK_TOKENS, tokens), words)
+        p_CV = torch.empty_like(q_CV) if target.dim() == 2 else None
+        step = max(1, CACHED_LOGITS // words)
+        for start in range(0, tokens, CHUNK_TOKENS):
+            chunk = slice(start, min(start + CHUNK_TOKENS, tokens))
+            count = chunk.stop - start
+            student_CV = torch.mm(hidden_TH[chunk], head_VH.T, out=q_CV[:count])
+            teacher_CV = None
+            if p_CV is not None:
+                teacher_CV = torch.mm(target[chunk].to(head_VH.dtype), head_VH.T, out=p_CV[:count])
+            for first in range(0, count, step):
+                rows = slice(first, min(first + step, count))
+                if teacher_CV is not None:
+                    total += kd_rows(student_CV[rows], teacher_CV[rows], tokens)
+                else:
+                    total += ce_rows(student_CV[rows], target[chunk][rows], tokens)
+            torch.mm(student_CV, head_VH, out=grad_TH[chunk])
+        ctx.save_for_backward(grad_TH)
+        return (total / tokens).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the hidden states."""
+        (grad_TH,) = ctx.saved_tensors
+        return grad_TH * grads[0].to(grad_TH.dtype), None, None
+
+
+def kd_rows(student_KV: Tensor, teacher_KV: Tensor, tokens: int) -> Tensor:
+    """Sum over rows of KL(teacher || student); overwrites the student's logits with (q - p) / tokens.
+
+    With logits shifted by their maximum, a and b, and their sums of exponentials A and B:
+    KL = sum p (a_teacher - b_student) - log A + log B.
+    """
+    p, a_KV = exponentials(teacher_KV)
+    q, b_KV = exponentials(student_KV)
+    mass_a, mass_b = p.sum(1, keepdim=True), q.sum(1, keepdim=True)
+    p.div_(mass_a)
+    divergence = a_KV.sub_(b_KV).mul_(p).sum() - (mass_a.log() - mass_b.log()).sum()
+    student_KV.copy_(q.div_(mass_b).sub_(p).div_(tokens))
+    return divergence
+
+
+def ce_rows(student_KV: Tensor, target_K: Tensor, tokens: int) -> Tensor:
+    """Sum over rows of -log q[target]; overwrites the student's logits with (q - onehot) / tokens."""
+    q, b_KV = exponentials(student_KV)
+    mass = q.sum(1, keepdim=True)
+    nats = (mass.log() - b_KV.gather(1, target_K[:, None])).sum()
+    q.div_(mass).scatter_add_(1, target_K[:, None], torch.full_like(mass, -1.0))
+    student_KV.copy_(q.div_(tokens))
+    return nats
+
+
+def exponentials(logits_KV: Tensor) -> tuple[Tensor, Tensor]:
+    """(exp(x - max x), x - max x), float32."""
+    shifted = logits_KV.float()
+    shifted.sub_(shifted.amax(1, keepdim=True))
+    return shifted.exp(), shifted
+
+
+def head_loss(hidden_BTH: Tensor, head_VH: Tensor, target: Tensor) -> Tensor:
+    """Mean loss per token; `target` is [B, T] token ids (CE) or [B, T, H] the teacher's hidden states (KD)."""
+    loss: Tensor = HeadLoss.apply(
+        hidden_BTH.flatten(0, 1), head_VH, target.flatten(0, 1) if target.dim() > 1 else target
+    )
+    return loss
+
+
+def body_and_head(model: Any) -> tuple[Any, Tensor]:
+    """(the model up to its final hidden states, the head's weight [V, H]), checked on a few tokens.
+
+    Raises:
+        LrqatError: the head does more than a matrix product (soft-capping, scaling, a bias).
+    """
+    head = model.get_output_embeddings()
+    body = model.base_model
+    if head is None or body is model:
+        raise LrqatError(f"{type(model).__name__}: expected a causal language model with an output head")
+    with torch.no_grad():
+        ids = torch.arange(8, device=head.weight.device)[None]
+        hidden = body(ids, use_cache=False).last_hidden_state
+        if not torch.equal(hidden @ head.weight.T, model(ids, use_cache=False).logits):
+            raise LrqatError(
+                f"{type(model).__name__}: its head is not a plain matrix product (soft-capping or scaling?); "
+                "lrqat cannot train it yet"
+            )
+    return body, head.weight

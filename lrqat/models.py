@@ -1,0 +1,196 @@
+"""Load a base model: a Hugging Face directory, a hub id, or a GGUF file.
+
+Only safetensors and GGUF are read, and no remote code is run. Everything that can be refused is refused from
+headers, before weights are loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrqat.errors import LrqatError
+from lrqat.fused import FusedCheckpoint, SafetensorsDirectory, read_assets, read_json
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, located and checked but not yet loaded.
+
+    Attributes:
+        source: what the user named.
+        path: the directory or the GGUF file.
+        files: the weight files.
+    """
+
+    source: str
+    path: Path
+    files: tuple[Path, ...]
+
+    @property
+    def is_gguf(self) -> bool:
+        """The weights are in one GGUF file."""
+        return self.path.is_file()
+
+    def pretrained(self) -> tuple[str, dict[str, Any]]:
+        """Arguments of `from_pretrained` that name the model."""
+        if self.is_gguf:
+            return str(self.path.parent), {"gguf_file": self.path.name}
+        return str(self.path), {}
+
+    def model(self, dtype: torch.dtype) -> Any:
+        """The transformers model, in evaluation mode."""
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        where, options = self.pretrained()
+        if self.is_gguf:
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        except (ValueError, KeyError, OSError, RuntimeError) as error:
+            raise LrqatError(f"{self.source}: transformers cannot load it: {first_line(error)}") from None
+        return model.eval()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+        from transformers import AutoTokenizer
+
+        where, options = self.pretrained()
+        try:
+            return AutoTokenizer.from_pretrained(where, **options)
+        except (ValueError, KeyError, OSError) as error:
+            raise LrqatError(f"{self.source}: transformers cannot load its tokenizer: {first_line(error)}") from None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json; of a GGUF file, as transformers reads its metadata."""
+        if not self.is_gguf:
+            return read_json(self.path / "config.json")
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        where, options = self.pretrained()
+        try:
+            content: dict[str, Any] = AutoConfig.from_pretrained(where, **options).to_dict()
+        except (ValueError, KeyError, OSError) as error:
+            raise LrqatError(f"{self.source}: transformers cannot read it: {first_line(error)}") from None
+        content.pop("quantization_config", None)
+        content["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[content["model_type"]]]
+        return content
+
+    @cached_property
+    def assets(self) -> dict[str, bytes]:
+        """Tokenizer, chat template and generation files, as they came; of a GGUF file, as transformers writes them."""
+        if not self.is_gguf:
+            return read_assets(self.path)
+        from transformers import GenerationConfig
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            GenerationConfig.from_model_config(build_config(self.config)).save_pretrained(folder)
+            return read_assets(Path(folder))
+
+    def skeleton(self) -> Any:
+        """The model without weights (on the meta device): its modules and their shapes."""
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(build_config(self.config))
+        except (ValueError, KeyError) as error:
+            raise LrqatError(f"{self.source}: no causal language model: {first_line(error)}") from None
+
+    def sha256(self) -> str:
+        """Hash over the weight files' bytes, in the order of their names."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+
+def locate(source: str) -> Base:
+    """Find a model and check its files' headers; hub ids are downloaded (safetensors only).
+
+    Raises:
+        LrqatError: no such path, no safetensors weights, a truncated file, no tokenizer, no config.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise LrqatError(
+                    f"{source}: not a GGUF file; expected a Hugging Face directory, a hub id or a GGUF file"
+                )
+        return Base(source, path, (path,))
+    if not path.is_dir():
+        path = _download(source)
+    if not (path / "config.json").is_file():
+        raise LrqatError(f"{source}: no config.json; expected a Hugging Face model directory")
+    if not any((path / name).is_file() for name in TOKENIZERS):
+        raise LrqatError(
+            f"{source}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the base model's tokenizer files into it"
+        )
+    return Base(source, path, tuple(SafetensorsDirectory(path).paths))
+
+
+def _download(source: str) -> Path:
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith("/"):
+        raise LrqatError(f"{source}: no such file or directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises whatever its HTTP library raises
+        raise LrqatError(f"{source}: no such directory, and the hub does not give it ({first_line(error)})") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for messages of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def build_config(content: dict[str, Any]) -> Any:
+    """The transformers configuration of a config.json."""
+    from transformers import AutoConfig
+
+    options = {key: value for key, value in content.items() if key != "model_type"}
+    if "model_type" not in content:
+        raise LrqatError("config.json: no model_type; expected a Hugging Face model's configuration")
+    return AutoConfig.for_model(content["model_type"], **options)
+
+
+def fake_quant_model(checkpoint: FusedCheckpoint, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformers model that holds the dequantized weights: the reference of every parity check."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(build_config(checkpoint.hf_config), dtype=dtype).requires_grad_(False)
+    for name, target in model.state_dict(keep_vars=True).items():
+        if name in checkpoint.tensors:
+            target.copy_(checkpoint.tensors[name].dequantize())
+        elif name in checkpoint.dense:
+            target.copy_(checkpoint.dense[name])
+        elif not (checkpoint.tied_head and name == "lm_head.weight"):
+            raise LrqatError(f"fused checkpoint: {name} is missing, which {checkpoint.hf_config['model_type']} needs")
+    model.tie_weights()
+    return model.eval()
+
+
+def fused_tokenizer(checkpoint: FusedCheckpoint) -> Any:
+    """The transformers tokenizer of a fused checkpoint."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.write_assets(Path(folder))
+        return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,52 @@
+"""Post-training quantization into the same fused checkpoint: the baseline, and the start, of training."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import lrqat
+from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
+from lrqat.grid import Grid, expand_groups
+from lrqat.layers import dense_tensors, linear_names
+from lrqat.models import Base
+from lrqat.ranges import initial_scales, row_tiles
+
+
+def rtn(weight_OI: Tensor, grid: Grid, p: float | None, name: str = "weight") -> FusedTensor:
+    """Round to nearest: codes = clip(round(W / s) + z), s by min-max (p None) or L^p search."""
+    scales_OG = initial_scales(weight_OI, grid, p, name)
+    tiles = []
+    for rows in row_tiles(*weight_OI.shape):
+        x_KI = weight_OI[rows].float() / expand_groups(scales_OG[rows], weight_OI.shape[1])
+        tiles.append(x_KI.round_().add_(grid.midpoint).clamp_(0, grid.levels - 1).to(torch.uint8))
+    return FusedTensor(torch.cat(tiles), scales_OG.to(torch.float16), None, grid)
+
+
+def quantize(base: Base, grid: Grid, p: float | None, skip: tuple[str, ...], dtype: torch.dtype, out: Path) -> Path:
+    """RTN of a whole model, written to `out`/fused; returns that path."""
+    skeleton = base.skeleton()
+    for name in linear_names(skeleton, skip):
+        grid.columns_per_group(skeleton.get_submodule(name).weight.shape[1], f"{name}.weight")
+    model = base.model(dtype)
+    names = [f"{name}.weight" for name in linear_names(model, skip)]
+    specs = {name: FusedSpec(grid, tuple(model.get_parameter(name).shape)) for name in names}
+    dense = {name: tensor for name, tensor in dense_tensors(model).items() if name not in specs}
+    checkpoint = FusedCheckpoint(
+        tensors=Lazy(specs, lambda name: rtn(model.get_parameter(name).detach(), grid, p, name)),
+        dense=dense,
+        specs=specs,
+        dense_specs={name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()},
+        hf_config=base.config,
+        assets=base.assets,
+        provenance={
+            "method": "rtn",
+            "settings": {"model": base.source, "grid": str(grid), "range_p": p, "skip": list(skip)},
+            "base_sha256": base.sha256(),
+            "versions": {"lrqat": lrqat.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        },
+    )
+    return checkpoint.save(out / "fused")

@@ -1,0 +1,65 @@
+"""What a training run is told: one frozen dataclass, validated once. Its fields are the flags and recipe keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from lrqat.errors import LrqatError
+from lrqat.grid import Grid
+
+LOSSES = ("kd", "ce")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of `lrqat train`; see `lrqat train --help` for what each means."""
+
+    model: str
+    out: str
+    grid: str = "w4g32"
+    method: str = "lrqat"
+    data: tuple[str, ...] = ()
+    steps: int = 200
+    batch_size: int = 2
+    accumulate: int = 1
+    seq_len: int = 512
+    loss: str = "kd"
+    rank: int = 32
+    alpha: float | None = None
+    downcast: str = "fixed"
+    lr: float = 1e-2
+    lr_scales: float = 1e-3
+    warmup: float = 0.1
+    range_p: float | None = 3.5
+    skip: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
+    checkpoint_layers: bool = False
+    seed: int = 0
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        Grid.parse(self.grid)
+        for name, allowed in (("loss", LOSSES), ("dtype", DTYPES), ("method", ("lrqat",))):
+            if getattr(self, name) not in allowed:
+                raise LrqatError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("steps", "batch_size", "accumulate", "rank", "save_every"):
+            if getattr(self, name) < 1:
+                raise LrqatError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.seq_len < 2:
+            raise LrqatError(f"seq_len: expected at least 2, got {self.seq_len}")
+        if self.lr < 0 or self.lr_scales < 0:
+            raise LrqatError(f"lr, lr_scales: expected 0 or more, got {self.lr}, {self.lr_scales}")
+        if not 0 <= self.warmup < 1:
+            raise LrqatError(f"warmup: expected a share of the steps in [0, 1), got {self.warmup}")
+
+    @property
+    def blocks_needed(self) -> int:
+        """Blocks that the run sees, if there is enough text."""
+        return self.steps * self.batch_size * self.accumulate
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON and for the run's fingerprint."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,272 @@
+"""Train a model on a grid: base model in, RUN/fused out.
+
+RUN/run.json        settings, base hash, data hash: what `--resume` must find unchanged
+RUN/teacher.npy     the teacher's hidden states while training (removed at the end)
+RUN/checkpoints/    adapters, scales and optimizer state
+RUN/metrics.jsonl, RUN/loss.png, RUN/summary.json
+RUN/fused/          the fused checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lrqat
+from lrqat.data import blocks
+from lrqat.errors import LrqatError
+from lrqat.fused import FusedCheckpoint, read_json, write_json
+from lrqat.grid import Grid
+from lrqat.layers import fuse_model, linear_names, quantizers, swap_linears
+from lrqat.losses import body_and_head
+from lrqat.methods.lr_qat import LRQAT
+from lrqat.models import Base, locate
+from lrqat.progress import bar, peak_memory_gb
+from lrqat.ranges import initial_scales
+from lrqat.safestream import tensor_bytes
+from lrqat.settings import TrainSettings
+from lrqat.teacher import Blocks, cache_teacher
+from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint, log, read_metrics
+
+
+class Interrupted(Exception):
+    """The user stopped the run; a checkpoint was written."""
+
+
+def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
+    """Run a whole training; returns what summary.json holds.
+
+    Raises:
+        LrqatError: bad input, before any long work.
+        Interrupted: stopped by Ctrl-C with a checkpoint written.
+    """
+    started = time.monotonic()
+    out = Path(settings.out)
+    if (out / "run.json").exists() and not resume:
+        raise LrqatError(f"{out}: holds a run already; go on with --resume, or name another --out")
+    grid = Grid.parse(settings.grid)
+    base = locate(settings.model)
+    check_shapes(base, grid, settings)
+    dtype = getattr(torch, settings.dtype)
+    blocks_NT = shuffled(blocks(list(settings.data), base.tokenizer, settings.seq_len), settings)
+    fingerprint = make_fingerprint(base, blocks_NT, settings)
+    if resume:
+        check_fingerprint(out / "run.json", fingerprint)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "run.json", fingerprint)
+
+    log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
+    model = base.model(dtype)
+    body, head_VH = body_and_head(model)
+    teacher = None
+    if settings.loss == "kd":
+        teacher = out / "teacher.npy"
+        key = f"{fingerprint['base_sha256']} {fingerprint['data_sha256']} {settings.dtype}"
+        cache_teacher(teacher, body, blocks_NT, head_VH.shape[1], dtype, key)
+    swap_for_training(model, grid, settings)
+    trainer = make_trainer(model, Blocks(blocks_NT, teacher, dtype), settings, out)
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    checkpoint = last_checkpoint(out / "checkpoints") if resume else None
+    training_started = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped:
+        raise Interrupted(f"stopped at step {trainer.state.global_step}; go on with --resume")
+
+    moved = moved_codes(model)
+    checkpoint_out = fuse_model(model, base.config, base.assets, provenance(settings, fingerprint))
+    log(f"writing {out / 'fused'}")
+    checkpoint_out.save(out / "fused")
+    summary = write_summary(
+        out, checkpoint_out, settings, moved, training_started - started, time.monotonic() - started
+    )
+    for left in (out / "teacher.npy", out / "teacher.json"):
+        left.unlink(missing_ok=True)
+    return summary
+
+
+def check_shapes(base: Base, grid: Grid, settings: TrainSettings) -> None:
+    """Refuse a grid that does not divide, from the config alone, before any weight is loaded."""
+    model = base.skeleton()
+    for name in linear_names(model, settings.skip):
+        rows, columns = model.get_submodule(name).weight.shape
+        grid.columns_per_group(columns, f"{name}.weight")
+        if settings.rank > min(rows, columns):
+            raise LrqatError(
+                f"{name}.weight: rank {settings.rank} exceeds {rows}x{columns}; use --rank {min(rows, columns)}"
+            )
+
+
+def shuffled(blocks_NT: Tensor, settings: TrainSettings) -> Tensor:
+    """The blocks that the run will see, in an order drawn from the seed."""
+    order = torch.randperm(len(blocks_NT), generator=torch.Generator().manual_seed(settings.seed))
+    return blocks_NT[order[: settings.blocks_needed]]
+
+
+def make_fingerprint(base: Base, blocks_NT: Tensor, settings: TrainSettings) -> dict[str, Any]:
+    """Everything that the codes depend on."""
+    chosen = settings.to_dict()
+    chosen.pop("out")
+    chosen.pop("save_every")
+    return {
+        "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()},
+        "base_sha256": base.sha256(),
+        "data_sha256": hashlib.sha256(tensor_bytes(blocks_NT)).hexdigest(),
+    }
+
+
+def check_fingerprint(path: Path, now: dict[str, Any]) -> None:
+    """Refuse to resume a run under other settings, another base model or other data."""
+    if not path.is_file():
+        raise LrqatError(f"{path.parent}: no run to resume (no run.json); start without --resume")
+    then = read_json(path)
+    for key, value in now["settings"].items():
+        before = then.get("settings", {}).get(key)
+        if before != value:
+            raise LrqatError(f"{path}: the run was started with {key} {before!r}, now it is {value!r}; use the same")
+    for key, what in (("base_sha256", "base model"), ("data_sha256", "training data")):
+        if then.get(key) != now[key]:
+            raise LrqatError(f"{path}: the {what} has changed since the run was started; start a new run")
+
+
+def swap_for_training(model: Any, grid: Grid, settings: TrainSettings) -> None:
+    """Put an LRQAT quantizer in the place of every linear layer."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    progress = iter(bar(range(len(linear_names(model, settings.skip))), "quantize"))
+
+    def make(name: str, weight_OI: Tensor) -> LRQAT:
+        next(progress)
+        return LRQAT(
+            weight_OI,
+            initial_scales(weight_OI, grid, settings.range_p, name),
+            grid,
+            rank=settings.rank,
+            alpha=settings.rank if settings.alpha is None else settings.alpha,
+            downcast=settings.downcast,
+            learn_scales=settings.lr_scales > 0,
+            generator=generator,
+        )
+
+    swap_linears(model, make, settings.skip)
+    next(progress, None)
+
+
+def make_trainer(model: Any, data: Blocks, settings: TrainSettings, out: Path) -> LowRankTrainer:
+    """AdamW (0.9, 0.95), no decay, warm-up then linear decay, gradients clipped to 1: the paper's settings."""
+    from transformers import TrainingArguments, get_linear_schedule_with_warmup
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    if settings.checkpoint_layers:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss_model = LossModel(model)
+    trained = loss_model.trained()
+    groups = [
+        {"params": [p for n, p in trained.items() if not n.endswith("gain_OG")], "lr": settings.lr},
+        {"params": [p for n, p in trained.items() if n.endswith("gain_OG")], "lr": settings.lr_scales},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(settings.warmup * settings.steps), settings.steps)
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        seed=settings.seed,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = LowRankTrainer(
+        model=loss_model, args=arguments, train_dataset=data, optimizers=(optimizer, schedule), callbacks=[]
+    )
+    for default in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(default)
+    tokens = settings.batch_size * settings.accumulate * settings.seq_len
+    trainer.add_callback(Metrics(out / "metrics.jsonl", tokens))
+    return trainer
+
+
+def moved_codes(model: Any) -> float:
+    """Share of the weights whose code differs from the start's, which is round(Phi0)."""
+    moved = total = 0
+    for quantizer in quantizers(model).values():
+        assert isinstance(quantizer, LRQAT)
+        for rows in quantizer.tiles():
+            moved += int((quantizer.round(quantizer.latent(rows)) != quantizer.round(quantizer.frozen(rows))).sum())
+        total += quantizer.shape[0] * quantizer.shape[1]
+    return moved / total
+
+
+def provenance(settings: TrainSettings, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Where the codes come from, for fused.json."""
+    import transformers
+
+    return {
+        "method": settings.method,
+        **fingerprint,
+        "versions": {
+            "lrqat": lrqat.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def write_summary(
+    out: Path, fused: FusedCheckpoint, settings: TrainSettings, moved: float, prepare: float, total: float
+) -> dict[str, Any]:
+    """Write loss.png and summary.json; returns what the latter holds."""
+    metrics = read_metrics(out / "metrics.jsonl")
+    plot_loss(metrics, settings, out / "loss.png")
+    tail = [row["loss"] for row in metrics[-max(1, len(metrics) // 10) :]]
+    summary = {
+        "grid": settings.grid,
+        "method": settings.method,
+        "steps": settings.steps,
+        "loss_first": metrics[0]["loss"],
+        "loss_last_tenth": sum(tail) / len(tail),
+        "codes_moved": moved,
+        **fused.counts(),
+        "seconds_prepare": prepare,
+        "seconds_total": total,
+        "tokens_per_second": metrics[-1]["tokens_per_second"],
+        "peak_memory_gb": peak_memory_gb(),
+        "fused": str(out / "fused"),
+    }
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def plot_loss(metrics: list[dict[str, Any]], settings: TrainSettings, path: Path) -> None:
+    """Loss against steps: every step faint, a running mean on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [row["step"] for row in metrics]
+    losses = torch.tensor([row["loss"] for row in metrics])
+    window = max(1, len(steps) // 20)
+    smooth = [losses[max(0, i - window + 1) : i + 1].mean().item() for i in range(len(steps))]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, losses, linewidth=0.8, alpha=0.35, color="tab:blue", label="each step")
+    axes.plot(steps, smooth, linewidth=2, color="tab:blue", label=f"mean of {window}")
+    name = "KL to the full-precision model" if settings.loss == "kd" else "cross-entropy"
+    axes.set(xlabel="step", ylabel=f"{name} (nats per token)", title=f"{settings.method}, {settings.grid}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

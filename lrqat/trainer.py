@@ -1,0 +1,216 @@
+"""The Hugging Face Trainer, with our loss, our parameter groups, and checkpoints without pickle.
+
+A checkpoint holds adapters and scales (adapters.safetensors), Adam's moments and the random state
+(optimizer.safetensors), schedules (scheduler.json) and Trainer's own trainer_state.json, which is written
+last: a directory without it was cut short and is not resumed from. Frozen weights are never written; they
+are made again from the base model.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lrqat.losses import head_loss
+from lrqat.progress import peak_memory_gb
+
+
+class LossModel(nn.Module):
+    """A causal language model that maps token ids (and a teacher's states) to the loss alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, teacher: Tensor | None = None) -> dict[str, Tensor]:
+        """KD against the teacher's final hidden states [B, T, H] if given, else next-token CE."""
+        hidden_BTH = self.model.base_model(input_ids, use_cache=False).last_hidden_state
+        head_VH = self.model.get_output_embeddings().weight
+        if teacher is not None:
+            return {"loss": head_loss(hidden_BTH, head_VH, teacher)}
+        return {"loss": head_loss(hidden_BTH[:, :-1], head_VH, input_ids[:, 1:])}
+
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that training changes."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+class LowRankTrainer(Trainer):
+    """Trainer whose checkpoints hold what training changed, in safetensors and JSON."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: p.detach().cpu() for n, p in self.model.trained().items()}, folder / "adapters.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / "adapters.safetensors")
+        trained = self.model.trained()
+        assert saved.keys() == trained.keys()  # the run's fingerprint was compared before
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"{i}.{k}": v for i, state in optimizer["state"].items() for k, v in state.items()}
+        tensors["rng"] = torch.random.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.random.get_rng_state()
+        save_file(tensors, Path(output_dir) / "optimizer.safetensors")
+        schedule = {"groups": optimizer["param_groups"], "scheduler": self.lr_scheduler.state_dict()}
+        (Path(output_dir) / "scheduler.json").write_text(json.dumps(schedule))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        tensors = load_file(Path(checkpoint) / "optimizer.safetensors")
+        schedule = json.loads((Path(checkpoint) / "scheduler.json").read_text())
+        torch.random.set_rng_state(tensors.pop("rng"))
+        if "rng.cuda" in tensors:
+            torch.cuda.random.set_rng_state(tensors.pop("rng.cuda"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": schedule["groups"]})
+        self.lr_scheduler.load_state_dict(schedule["scheduler"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Kept with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Kept with the optimizer."""
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
+    return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
+
+
+class Metrics(TrainerCallback):
+    """One line per logged step in metrics.jsonl, and the same figures on the progress bar or in the log."""
+
+    def __init__(self, path: Path, tokens_per_step: int) -> None:
+        self.path = path
+        self.tokens_per_step = tokens_per_step
+        self.bar: Any = None
+        self.started = 0.0
+        self.first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop lines that a killed run wrote after its last checkpoint; open the bar."""
+        import sys
+
+        from tqdm import tqdm
+
+        self.started = time.monotonic()
+        self.first_step = state.global_step
+        kept = read_metrics(self.path) if state.global_step else []
+        with open(self.path, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept if row["step"] <= state.global_step)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", dynamic_ncols=True)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Record loss, gradient norm, learning rate, tokens/s and peak memory."""
+        if not logs or "loss" not in logs:
+            return
+        elapsed = time.monotonic() - self.started
+        done = state.global_step - self.first_step
+        row = {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "grad_norm": logs.get("grad_norm"),
+            "lr": logs.get("learning_rate"),
+            "tokens": state.global_step * self.tokens_per_step,
+            "tokens_per_second": done * self.tokens_per_step / elapsed,
+            "peak_memory_gb": peak_memory_gb(),
+            "seconds": elapsed,
+        }
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tok/s  {row['peak_memory_gb']:.2f} GB"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+        elif done % max(1, state.max_steps // 50) == 0 or state.global_step == state.max_steps:
+            left = elapsed / done * (state.max_steps - state.global_step)
+            log(f"step {state.global_step}/{state.max_steps}  {text}  {left / 60:.1f} min left")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take the signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+        log("stopping after this step; once more to stop at once")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask Trainer for a checkpoint and the end."""
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Give the signals back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def log(text: str) -> None:
+    """One line to stderr."""
+    import sys
+
+    print(text, file=sys.stderr, flush=True)
