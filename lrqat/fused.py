@@ -222,8 +222,10 @@ class FusedCheckpoint:
 
     @classmethod
     def load(cls, directory: Path) -> FusedCheckpoint:
-        """Open a fused checkpoint; tensors are read and their hashes checked when asked for."""
+        """Open a fused checkpoint, or the one in a run; tensors are read, and their hashes checked, when asked for."""
         directory = Path(directory)
+        if (directory / "fused" / "fused.json").is_file():
+            directory = directory / "fused"
         if not directory.is_dir():
             raise LrqatError(f"{directory}: no such directory; expected a fused checkpoint as `lrqat train` writes it")
         index_path = directory / "fused.json"

@@ -33,7 +33,7 @@ def linear_names(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
 
     `skip` holds regular expressions that are searched in the module's name.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     names = [
         name
         for name, module in model.named_modules()

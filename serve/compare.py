@@ -1,0 +1,142 @@
+"""How close a runtime's next-token distributions are to the fake-quant model's, and how close they must be.
+
+Every limit below says which arithmetic stands behind it; the weights are the same bits in all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+ROWS = 64  # positions compared at once: 64 x 128k float32 logits are 33 MB
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a comparison must keep to.
+
+    Attributes:
+        kl: mean KL(reference || runtime), nats per token.
+        top1: share of positions with the same most likely token.
+        perplexity: |relative change|.
+        logprob: mean |difference| of the next token's log-probability.
+        relative_l2: |logits - reference| / |reference|; infinite where a runtime gives no logits.
+        why: the derivation.
+    """
+
+    kl: float
+    top1: float
+    perplexity: float
+    logprob: float
+    relative_l2: float
+    why: str
+
+
+# float32 against float32, other summation order: measured relative L2 2.4e-6 (llama.cpp), KL below 1e-8.
+EXACT = Limits(
+    kl=1e-6,
+    top1=1.0,
+    perplexity=1e-4,
+    logprob=1e-4,
+    relative_l2=1e-5,
+    why="float32 weights and activations; only the order of summation differs (measured 2.4e-6)",
+)
+# llama.cpp multiplies Q-type weights by activations rounded to Q8_0 (8 bits per 32): an error of up to 1/254 of
+# the block's largest activation in every linear. Measured floor on SmolLM2-135M: KL 2.8e-3, top-1 .968, +0.4%.
+LLAMACPP = Limits(
+    kl=1e-2,
+    top1=0.94,
+    perplexity=1e-2,
+    logprob=math.inf,
+    relative_l2=math.inf,
+    why="llama.cpp rounds activations to 8 bits per block of 32 (measured floor: KL 2.8e-3, top-1 .968)",
+)
+# vLLM in float16: 11 significant bits in weights (which s*(q-z) needs at most, so they are exact), activations and
+# sums. The same dense weights served unquantized in float16 measure KL 2.1e-5, mean |d| .0048, top-1 .998.
+VLLM_FLOAT16 = Limits(
+    kl=1e-4,
+    top1=0.98,
+    perplexity=5e-3,
+    logprob=1e-2,
+    relative_l2=math.inf,
+    why="float16 activations (the dequantized weights served unquantized in float16: KL 2.1e-5, |d| .0048)",
+)
+# bfloat16 has 3 bits fewer: 8x the error, 64x the KL; measured KL 1.3e-3, top-1 .972.
+VLLM_BFLOAT16 = Limits(
+    kl=5e-3,
+    top1=0.95,
+    perplexity=2e-2,
+    logprob=8e-2,
+    relative_l2=math.inf,
+    why="bfloat16 activations and weights: 3 bits fewer than float16, 8x its error (measured KL 1.3e-3)",
+)
+
+
+@dataclass
+class Comparison:
+    """Sums over positions, and the figures that follow from them."""
+
+    positions: int = 0
+    same: int = 0
+    kl_sum: float = 0.0
+    difference_sum: float = 0.0
+    nats_reference: float = 0.0
+    nats: float = 0.0
+    squared_error: float = 0.0
+    squared: float = 0.0
+    max_difference: float = field(default=0.0)
+
+    def add(self, reference_TV: np.ndarray, got_TV: np.ndarray, token_ids: list[int]) -> None:
+        """Add one sequence; row t of both holds logits or log-probabilities of token t + 1.
+
+        Args:
+            reference_TV: float32 [T or T-1, V].
+            got_TV: float32 [T or T-1, V].
+            token_ids: the T tokens.
+        """
+        for start in range(0, len(token_ids) - 1, ROWS):
+            rows = slice(start, min(start + ROWS, len(token_ids) - 1))
+            reference = torch.from_numpy(np.array(reference_TV[rows], dtype=np.float32))
+            got = torch.from_numpy(np.array(got_TV[rows, : reference.shape[1]], dtype=np.float32))
+            self.squared_error += float((got - reference).double().square().sum())
+            self.squared += float(reference.double().square().sum())
+            log_p, log_q = reference.double().log_softmax(1), got.double().log_softmax(1)
+            next_ids = torch.tensor(token_ids[rows.start + 1 : rows.stop + 1])[:, None]
+            wanted, found = log_p.gather(1, next_ids), log_q.gather(1, next_ids)
+            difference = (wanted - found).abs()
+            self.positions += len(next_ids)
+            self.same += int((log_p.argmax(1) == log_q.argmax(1)).sum())
+            self.kl_sum += float((log_p.exp() * (log_p - log_q)).sum())
+            self.difference_sum += float(difference.sum())
+            self.max_difference = max(self.max_difference, float(difference.max()))
+            self.nats_reference -= float(wanted.sum())
+            self.nats -= float(found.sum())
+
+    def figures(self) -> dict[str, float]:
+        """Means over positions."""
+        reference, got = math.exp(self.nats_reference / self.positions), math.exp(self.nats / self.positions)
+        return {
+            "positions": self.positions,
+            "kl": self.kl_sum / self.positions,
+            "top1": self.same / self.positions,
+            "perplexity": got,
+            "perplexity_reference": reference,
+            "perplexity_change": got / reference - 1,
+            "logprob_difference_mean": self.difference_sum / self.positions,
+            "logprob_difference_max": self.max_difference,
+            "relative_l2": math.sqrt(self.squared_error / self.squared),
+        }
+
+
+def within(figures: dict[str, float], limits: Limits) -> bool:
+    """All limits are kept; NaN keeps none."""
+    return (
+        figures["kl"] <= limits.kl
+        and figures["top1"] >= limits.top1
+        and abs(figures["perplexity_change"]) <= limits.perplexity
+        and figures["logprob_difference_mean"] <= limits.logprob
+        and (math.isinf(limits.relative_l2) or figures["relative_l2"] <= limits.relative_l2)
+    )

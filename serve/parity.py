@@ -1,0 +1,287 @@
+"""Is the served model the trained model? Weights bit by bit, logits within derived limits, two controls.
+
+    weights     every tensor of the exported bytes, decoded by the format's own reader, equals the checkpoint's
+    logits      runtime against the fake-quant model (float32 transformers) on the same tokens
+    positive    the same weights dequantized to float32, through the same runtime: must agree to float32 noise.
+                So tokens, positions, metadata, rope layout and tying are right, and what is left is arithmetic
+    negative    the same weights pushed once more through a stock quantizer: must fail, else the limits say nothing
+
+The result is a certificate: figures, limits and why, hashes, versions, settings, verdict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lrqat
+from exporters import dense, gguf, gptq
+from exporters.verify import count_equal
+from lrqat.data import blocks
+from lrqat.errors import LrqatError
+from lrqat.fused import FusedCheckpoint, FusedTensor, Lazy
+from lrqat.grid import expand_groups
+from lrqat.models import fake_quant_model, fused_tokenizer
+from lrqat.trainer import log
+from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, Comparison, Limits, within
+
+CERTIFICATE_VERSION = 1
+NEGATIVE_CONTROL_BITS = 5  # above, a second rounding moves logits less than the runtime's own arithmetic does
+HARD_TEXT = (
+    "Numbers 3.14159, 2026 and 007; naïve café, Größe, 東京, 👩‍🚀!\n\tdef f(x):  return x**2  # tabs,   spaces\r\n"
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How to run one exported model: every position's logits (or log-probabilities), per sequence."""
+
+    name: str
+    limits: Limits
+    read: Callable[[Path], Mapping[str, Tensor]]
+    write: Callable[[FusedCheckpoint, Path], Path]
+    write_exact: Callable[[FusedCheckpoint, Path], Path]
+    logits: Callable[[Path, list[list[int]], Path, bool], tuple[str, list[np.ndarray]]]
+    tokenize: Callable[[Path, str], list[int]] | None
+
+
+def llamacpp(threads: int) -> Runtime:
+    """llama.cpp, in this process."""
+    from serve.llamacpp import LlamaCpp
+
+    def logits(path: Path, sequences: list[list[int]], work: Path, exact: bool) -> tuple[str, list[np.ndarray]]:
+        found = []
+        with LlamaCpp(path, max(map(len, sequences)), threads, exact=exact) as model:
+            for number, ids in enumerate(sequences):
+                target = work / f"{path.stem}-{number}.npy"
+                np.save(target, model.logits(ids))
+                found.append(np.load(target, mmap_mode="r"))
+            return model.build, found
+
+    def tokenize(path: Path, text: str) -> list[int]:
+        with LlamaCpp(path, 8, threads) as model:
+            return model.tokenize(text, add_special=True)
+
+    return Runtime(
+        "llama.cpp",
+        LLAMACPP,
+        gguf.read,
+        lambda checkpoint, folder: gguf.write(checkpoint, folder / "requantized.gguf"),
+        lambda checkpoint, folder: gguf.write(checkpoint, folder / "f32.gguf", dequantized=True),
+        logits,
+        tokenize,
+    )
+
+
+def vllm(threads: int, python: str, dtype: str) -> Runtime:
+    """vLLM, in a process of `python`'s environment."""
+    from serve.vllm_logprobs import run
+
+    def logits(path: Path, sequences: list[list[int]], work: Path, exact: bool) -> tuple[str, list[np.ndarray]]:
+        folder = work / f"vllm-{path.name}"
+        folder.mkdir(exist_ok=True)
+        served = "float32" if exact else dtype
+        result = run(path, sequences, folder, python=python, dtype=served, threads=threads)
+        rows = [result.logprobs_TV(i) for i in range(len(sequences))]
+        return f"vLLM {result.version} ({result.device}, {result.dtype})", rows
+
+    return Runtime(
+        "vllm",
+        VLLM_FLOAT16 if dtype == "float16" else VLLM_BFLOAT16,
+        gptq.read,
+        lambda checkpoint, folder: gptq.write(checkpoint, folder / "requantized"),
+        lambda checkpoint, folder: dense.write(checkpoint, folder / "dense"),
+        logits,
+        None,
+    )
+
+
+def runtime_for(exported: Path, name: str | None, *, threads: int, python: str, dtype: str) -> Runtime:
+    """The runtime named, or the one that reads this format."""
+    exported = Path(exported)
+    if not exported.exists():
+        raise LrqatError(f"{exported}: no such file or directory; write it with lrqat-export")
+    native = "llama.cpp" if exported.is_file() else "vllm"
+    if name not in (None, native):
+        raise LrqatError(f"{exported}: {name} does not read this format; use --runtime {native}")
+    return llamacpp(threads) if native == "llama.cpp" else vllm(threads, python, dtype)
+
+
+def requantized(checkpoint: FusedCheckpoint) -> FusedCheckpoint:
+    """The negative control: weights rounded a second time, by the stock min-max rule of GPTQ and its kin.
+
+    scale = max|w| / ((2^b - 1) / 2): another scale than the trained one wherever a group has codes at its ends.
+    """
+
+    def make(name: str) -> FusedTensor:
+        weight_OI = checkpoint.tensors[name].dequantize()
+        grid = checkpoint.specs[name].grid
+        groups_NK = weight_OI.view(-1, grid.columns_per_group(weight_OI.shape[1], name))
+        scales_OG = grid.to_wire(groups_NK.abs().amax(1) / ((grid.levels - 1) / 2)).view(weight_OI.shape[0], -1)
+        codes_OI = (weight_OI / expand_groups(scales_OG, weight_OI.shape[1])).round_().add_(grid.midpoint)
+        return FusedTensor(codes_OI.clamp_(0, grid.levels - 1).to(torch.uint8), scales_OG.half(), None, grid)
+
+    return replace(checkpoint, tensors=Lazy(checkpoint.specs, make))
+
+
+def certify(
+    fused: Path, exported: Path, runtime: Runtime, *, texts: list[str], count: int, length: int, controls: bool
+) -> dict[str, Any]:
+    """The certificate of one exported model.
+
+    Args:
+        fused: the fused checkpoint's directory.
+        exported: a GGUF file or a GPTQ directory.
+        runtime: see `runtime_for`.
+        texts: sources as `lrqat.data.blocks` takes them; empty for the default text.
+        count: sequences to compare on.
+        length: tokens of each.
+        controls: run the positive and the negative control too.
+    """
+    checkpoint = FusedCheckpoint.load(fused)
+    log(f"weights: comparing {exported} with {fused}")
+    equal, total, differing = count_equal(checkpoint, runtime.read(exported))
+    tokenizer = fused_tokenizer(checkpoint)
+    sequences = blocks(texts, tokenizer, length, count).tolist()
+    tokens_equal = (
+        runtime.tokenize is None or runtime.tokenize(exported, HARD_TEXT) == tokenizer(HARD_TEXT)["input_ids"]
+    )
+    with tempfile.TemporaryDirectory(prefix="lrqat-parity-") as folder:
+        work = Path(folder)
+        log(f"reference: {len(sequences)} x {length} tokens through transformers, float32")
+        reference = reference_logits(checkpoint, sequences, work)
+
+        def measure(label: str, path: Path, limits: Limits, exact: bool) -> tuple[str, dict[str, Any]]:
+            log(f"{label}: {path.name} through {runtime.name}")
+            build, found = runtime.logits(path, sequences, work, exact)
+            comparison = Comparison()
+            for number, ids in enumerate(sequences):
+                comparison.add(reference[number], found[number], ids)
+            figures = comparison.figures()
+            if runtime.tokenize is None:
+                figures["relative_l2"] = math.nan  # vLLM gives log-probabilities, which have another norm
+                limits = replace(limits, relative_l2=math.inf)
+            return build, {"figures": figures, "limits": asdict(limits), "passed": within(figures, limits)}
+
+        build, logits = measure("logits", exported, runtime.limits, False)
+        found_controls: dict[str, Any] = {}
+        if controls:
+            exact_path = runtime.write_exact(checkpoint, work)
+            found_controls["positive"] = measure("positive control", exact_path, EXACT, True)[1]
+            if max(spec.grid.bits for spec in checkpoint.specs.values()) <= NEGATIVE_CONTROL_BITS:
+                wrong = runtime.write(requantized(checkpoint), work)
+                found_controls["negative"] = measure("negative control", wrong, runtime.limits, False)[1]
+    passed = equal == total and not differing and tokens_equal and logits["passed"]
+    if controls:
+        passed &= found_controls["positive"]["passed"]
+        passed &= "negative" not in found_controls or not found_controls["negative"]["passed"]
+    return clean(
+        {
+            "format": "lrqat-certificate",
+            "version": CERTIFICATE_VERSION,
+            "verdict": "pass" if passed else "fail",
+            "runtime": build,
+            "weights": {"equal": equal, "total": total, "differing": differing},
+            "token_ids_equal": tokens_equal if runtime.tokenize else None,
+            "logits": logits,
+            "controls": found_controls,
+            "hashes": {
+                "base": checkpoint.provenance.get("base_sha256"),
+                "fused": file_hashes(Path(fused), "fused.json"),
+                "exported": file_hashes(exported, "*.safetensors"),
+            },
+            "settings": {"sequences": len(sequences), "tokens": length, "texts": texts or ["CPython documentation"]},
+            "machine": {
+                "platform": platform.platform(),
+                "processor": processor(),
+                "cpus": os.cpu_count(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "lrqat": lrqat.__version__,
+            },
+        }
+    )
+
+
+def reference_logits(checkpoint: FusedCheckpoint, sequences: list[list[int]], work: Path) -> list[np.ndarray]:
+    """Logits of the fake-quant model, mapped from files."""
+    model = fake_quant_model(checkpoint)
+    found = []
+    with torch.no_grad():
+        for number, ids in enumerate(sequences):
+            target = work / f"reference-{number}.npy"
+            np.save(target, model(torch.tensor([ids]), use_cache=False).logits[0].numpy())
+            found.append(np.load(target, mmap_mode="r"))
+    return found
+
+
+def file_hashes(path: Path, pattern: str) -> dict[str, str]:
+    """SHA-256 by file name, of a file or of a directory's files."""
+    files = [path] if path.is_file() else sorted(path.rglob(pattern))
+    hashes = {}
+    for file in files:
+        with open(file, "rb") as stream:
+            digest = hashlib.sha256()
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+        hashes[file.name] = digest.hexdigest()
+    return hashes
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def clean(value: Any) -> Any:
+    """JSON has no infinity or NaN: null."""
+    if isinstance(value, dict):
+        return {key: clean(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def certificate_path(exported: Path) -> Path:
+    """Beside a file, inside a directory."""
+    return exported.with_suffix(".certificate.json") if exported.is_file() else exported / "certificate.json"
+
+
+def table(certificate: dict[str, Any]) -> str:
+    """The certificate for a terminal."""
+    weights = certificate["weights"]
+    lines = [
+        f"runtime   {certificate['runtime']}",
+        f"weights   {weights['equal']} of {weights['total']} bitwise equal"
+        + (f"; differing: {', '.join(weights['differing'][:3])}" if weights["differing"] else ""),
+    ]
+    if certificate["token_ids_equal"] is not None:
+        lines.append(
+            f"tokens    {'equal to' if certificate['token_ids_equal'] else 'DIFFERENT FROM'} the HF tokenizer's"
+        )
+    lines.append(f"{'':18}{'KL':>10} {'top-1':>7} {'ppl':>9} {'change':>8} {'|d logp|':>9}")
+    rows = {"logits": certificate["logits"], **{f"{k} control": v for k, v in certificate["controls"].items()}}
+    for name, row in rows.items():
+        f = row["figures"]
+        lines.append(
+            f"{name:18}{f['kl']:10.2e} {f['top1']:7.4f} {f['perplexity']:9.4f} {f['perplexity_change']:+8.2%} "
+            f"{f['logprob_difference_mean']:9.2e}  {'within limits' if row['passed'] else 'outside limits'}"
+            + (" (as it must be)" if name == "negative control" and not row["passed"] else "")
+        )
+    lines.append(f"verdict   {certificate['verdict'].upper()}")
+    return "\n".join(lines)

