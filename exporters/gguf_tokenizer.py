@@ -28,23 +28,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrqat.errors import LrqatError
+from lrqat.pretokenizers import PRE_TOKENIZERS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
 UNSCORED = -1e6  # below every rank: no merge makes this token
 SPACE = "\u2581"
-
-CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-AFTER_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + AFTER_DIGITS
-QWEN2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + AFTER_DIGITS
-
-# What a pre-tokenizer does (see _steps) -> (llama.cpp's name for it, ignore_merges)
-PRE_TOKENIZERS: dict[tuple[tuple[object, ...], ...], tuple[str, bool]] = {
-    (("ByteLevel", False, True),): ("gpt-2", False),
-    (("Digits", True), ("ByteLevel", False, True)): ("smollm", False),
-    (("Split", LLAMA3, "Isolated", False), ("ByteLevel", False, False)): ("llama-bpe", True),
-    (("Split", QWEN2, "Isolated", False), ("ByteLevel", False, False)): ("qwen2", False),
-}
 
 
 @dataclass(frozen=True)
@@ -212,13 +200,16 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[tuple[object, ...], ..
 def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer."""
     steps = _steps(tokenizer.get("pre_tokenizer"))
-    if steps not in PRE_TOKENIZERS:
-        known = ", ".join(pre for pre, _ in PRE_TOKENIZERS.values())
+    names = [
+        name for name, known in PRE_TOKENIZERS.items() if steps == tuple(s for p in known.steps for s in _steps(p))
+    ]
+    if not names:
         raise LrqatError(
             f"tokenizer.json: pre_tokenizer {json.dumps(tokenizer.get('pre_tokenizer'))[:200]} has no known name in "
-            f"llama.cpp (known: {known}); export with --format compressed-tensors or gptq"
+            f"llama.cpp (known: {', '.join(PRE_TOKENIZERS)}); export with --format gptq"
         )
-    name, ignore_merges = PRE_TOKENIZERS[steps]
+    name = known[steps]
+    ignore_merges = PRE_TOKENIZERS[name].ignore_merges
     if bool(tokenizer["model"].get("ignore_merges")) != ignore_merges:
         raise LrqatError(
             f"tokenizer.json: ignore_merges {not ignore_merges}, but llama.cpp's {name} has {ignore_merges}"

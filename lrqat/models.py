@@ -7,16 +7,28 @@ headers, before weights are loaded.
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lrqat.errors import LrqatError
-from lrqat.fused import FusedCheckpoint, SafetensorsDirectory, read_assets, read_json
+from lrqat.fused import (
+    FusedCheckpoint,
+    SafetensorsDirectory,
+    fresh_directory,
+    read_assets,
+    read_json,
+    write_json,
+)
+from lrqat.gguf_file import GgufFile
+from lrqat.layers import dense_tensors
+from lrqat.pretokenizers import restore
+from lrqat.safestream import Entry, write_model
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -54,6 +66,7 @@ class Base:
         where, options = self.pretrained()
         if self.is_gguf:
             options["quantization_config"] = GgufConfig(dequantize=True)
+            options["config"] = build_config(self.config)
         try:
             model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
         except (ValueError, KeyError, OSError, RuntimeError) as error:
@@ -67,9 +80,12 @@ class Base:
 
         where, options = self.pretrained()
         try:
-            return AutoTokenizer.from_pretrained(where, **options)
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
         except (ValueError, KeyError, OSError) as error:
             raise LrqatError(f"{self.source}: transformers cannot load its tokenizer: {first_line(error)}") from None
+        if self.is_gguf and (name := GgufFile(self.path).metadata.get("tokenizer.ggml.pre")) not in (None, "default"):
+            restore(tokenizer, str(name))
+        return tokenizer
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -81,10 +97,11 @@ class Base:
 
         where, options = self.pretrained()
         try:
-            content: dict[str, Any] = AutoConfig.from_pretrained(where, **options).to_dict()
+            config = AutoConfig.from_pretrained(where, **options)
         except (ValueError, KeyError, OSError) as error:
             raise LrqatError(f"{self.source}: transformers cannot read it: {first_line(error)}") from None
-        content.pop("quantization_config", None)
+        content: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+        content = {k: v for k, v in content.items() if k != "quantization_config" and not k.startswith("_")}
         content["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[content["model_type"]]]
         return content
 
@@ -120,6 +137,18 @@ class Base:
         return digest.hexdigest()
 
 
+def save_directory(base: Base, directory: Path, dtype: torch.dtype) -> Path:
+    """The base model as a Hugging Face directory, for a GGUF file that is to be loaded more than once."""
+    dense = dense_tensors(base.model(dtype))
+    entries = [Entry(name, t.dtype, tuple(t.shape), partial(dense.__getitem__, name)) for name, t in dense.items()]
+    with fresh_directory(directory) as fresh:
+        write_model(fresh, entries, {"format": "pt"})
+        for name, content in base.assets.items():
+            (fresh / name).write_bytes(content)
+        write_json(fresh / "config.json", {**base.config, "dtype": str(dtype).removeprefix("torch.")})
+    return directory
+
+
 def locate(source: str) -> Base:
     """Find a model and check its files' headers; hub ids are downloaded (safetensors only).
 
@@ -128,11 +157,7 @@ def locate(source: str) -> Base:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        with open(path, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise LrqatError(
-                    f"{source}: not a GGUF file; expected a Hugging Face directory, a hub id or a GGUF file"
-                )
+        GgufFile(path)  # refuses what is not a whole GGUF file
         return Base(source, path, (path,))
     if not path.is_dir():
         path = _download(source)

@@ -26,3 +26,8 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def log(text: str) -> None:
+    """One line to stderr."""
+    print(text, file=sys.stderr, flush=True)

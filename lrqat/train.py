@@ -27,12 +27,12 @@ from lrqat.layers import fuse_model, linear_names, quantizers, swap_linears
 from lrqat.losses import body_and_head
 from lrqat.methods.lr_qat import LRQAT
 from lrqat.models import Base, locate
-from lrqat.progress import bar, peak_memory_gb
+from lrqat.progress import bar, log, peak_memory_gb
 from lrqat.ranges import initial_scales
 from lrqat.safestream import tensor_bytes
 from lrqat.settings import TrainSettings
 from lrqat.teacher import Blocks, cache_teacher
-from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint, log, read_metrics
+from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint, read_metrics
 
 
 class Interrupted(Exception):

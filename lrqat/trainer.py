@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrqat.losses import head_loss
-from lrqat.progress import peak_memory_gb
+from lrqat.progress import log, peak_memory_gb
 
 
 class LossModel(nn.Module):
@@ -207,10 +207,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
-
-
-def log(text: str) -> None:
-    """One line to stderr."""
-    import sys
-
-    print(text, file=sys.stderr, flush=True)

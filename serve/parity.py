@@ -33,7 +33,7 @@ from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedTensor, Lazy
 from lrqat.grid import expand_groups
 from lrqat.models import fake_quant_model, fused_tokenizer
-from lrqat.trainer import log
+from lrqat.progress import log
 from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, Comparison, Limits, within
 
 CERTIFICATE_VERSION = 1

@@ -13,9 +13,7 @@ from exporters import gguf
 from exporters.gguf_tokenizer import (
     BYTE,
     CONTROL,
-    LLAMA3,
     NORMAL,
-    QWEN2,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
@@ -24,6 +22,7 @@ from exporters.gguf_tokenizer import (
 )
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, Lazy, SafetensorsDirectory, read_assets, read_json
+from lrqat.pretokenizers import LLAMA3, QWEN2
 
 Change = Callable[[dict[str, Any]], None]
 
