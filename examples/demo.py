@@ -26,11 +26,12 @@ REPLY_TOKENS = 48
 SPEED_TOKENS = 256
 
 
-def command(*words: str) -> str:
+def command(line: str) -> str:
     """Run one of our commands as a user would; its stdout is returned and shown."""
-    module = {"lrqat": "lrqat.cli", "lrqat-export": "exporters.cli", "lrqat-parity": "serve.parity_cli"}[words[0]]
-    print(f"\n$ {shlex.join(words)}", flush=True)
-    result = subprocess.run([sys.executable, "-m", module, *words[1:]], stdout=subprocess.PIPE, text=True)
+    program, *arguments = shlex.split(line)
+    module = {"lrqat": "lrqat.cli", "lrqat-export": "exporters.cli", "lrqat-parity": "serve.parity_cli"}[program]
+    print(f"\n$ {line}", flush=True)
+    result = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True)
     print(result.stdout, end="", flush=True)
     if result.returncode not in (0, 1):  # 1: a certificate that says fail, which the table shows
         sys.exit(result.returncode)
@@ -117,39 +118,22 @@ def main() -> int:
     model = base_model(out / "model")
     train_text, held_out = texts(out)
     run, rtn = out / "run", out / "rtn"
-    resume = ["--resume"] if (run / "run.json").is_file() else []
-    command("lrqat", "train", str(model), "--grid", "w4g32", "--data", str(train_text), "--steps", str(args.steps),
-            "--out", str(run), *resume)  # fmt: skip
-    command("lrqat", "ptq", str(model), "--grid", "w4g32", "--method", "rtn", "--out", str(rtn))
+    resume = "--resume" if (run / "run.json").is_file() else ""
+    command(f"lrqat train {model} --grid w4g32 --data {train_text} --steps {args.steps} --out {run} {resume}")
+    command(f"lrqat ptq {model} --grid w4g32 --method rtn --out {rtn}")
     files = {
         "bf16": export_base(model, out / "smollm2-f16.gguf"),
         "RTN": out / "smollm2-rtn-q4_0.gguf",
         "LR-QAT": out / "smollm2-lrqat-q4_0.gguf",
     }
-    command("lrqat-export", str(rtn), "--format", "gguf", "--out", str(files["RTN"]))
-    command("lrqat-export", str(run), "--format", "gguf", "--out", str(files["LR-QAT"]))
-    command("lrqat-export", str(run), "--format", "gptq", "--out", str(out / "smollm2-lrqat-gptq"))
-    scores = {}
-    for name, path in (("bf16", model), ("RTN", rtn / "fused"), ("LR-QAT", run / "fused")):
-        scores[name] = json.loads(
-            command(
-                "lrqat",
-                "eval",
-                str(path),
-                "--text",
-                str(held_out),
-                "--reference",
-                str(model),
-                "--seq-len",
-                "512",
-                "--blocks",
-                "8",
-                "--json",
-            )  # fmt: skip
-        )
-    certificate = json.loads(
-        command("lrqat-parity", str(run), str(files["LR-QAT"]), "--text", str(held_out), "--sequences", "2", "--json")
-    )
+    gptq = out / "smollm2-lrqat-gptq"
+    command(f"lrqat-export {rtn} --format gguf --out {files['RTN']}")
+    command(f"lrqat-export {run} --format gguf --out {files['LR-QAT']}")
+    command(f"lrqat-export {run} --format gptq --out {gptq}")
+    evaluate = f"--text {held_out} --reference {model} --seq-len 512 --blocks 8 --json"
+    checkpoints = {"bf16": model, "RTN": rtn / "fused", "LR-QAT": run / "fused"}
+    scores = {name: json.loads(command(f"lrqat eval {path} {evaluate}")) for name, path in checkpoints.items()}
+    certificate = json.loads(command(f"lrqat-parity {run} {files['LR-QAT']} --text {held_out} --sequences 2 --json"))
 
     import torch
 
@@ -168,16 +152,16 @@ def main() -> int:
             "generated_tokens_per_second": wrote,
             "reply": reply,
         }
+    memory = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     result = {
         "rows": rows,
-        "gptq_megabytes": size(out / "smollm2-lrqat-gptq") / 1e6,
+        "gptq_megabytes": size(gptq) / 1e6,
         "certificate": certificate["verdict"],
         "weights_equal": certificate["weights"]["equal"],
         "weights_total": certificate["weights"]["total"],
         "minutes": (time.monotonic() - started) / 60,
-        "peak_memory_gb": max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        * (1 if sys.platform == "darwin" else 1024) / 1e9,
-    }  # fmt: skip
+        "peak_memory_gb": memory * (1 if sys.platform == "darwin" else 1024) / 1e9,
+    }
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 
     print(f"\nllama.cpp, asked: {PROMPT}")
@@ -191,9 +175,9 @@ def main() -> int:
             f"{row['prompt_tokens_per_second']:9.0f} {row['generated_tokens_per_second']:7.1f}"
         )
     print(
-        f"\ncertificate: {result['certificate'].upper()} ({result['weights_equal']} of {result['weights_total']} weights "
-        f"bitwise equal in llama.cpp's file); {result['minutes']:.1f} minutes, {result['peak_memory_gb']:.1f} GB"
+        f"\ncertificate {result['certificate'].upper()}: {result['weights_equal']} of {result['weights_total']} weights"
     )
+    print(f"bitwise equal in llama.cpp's file; {result['minutes']:.1f} minutes, {result['peak_memory_gb']:.1f} GB")
     print(f"everything is in {out}/; the loss curve is {run / 'loss.png'}")
     return 0 if result["certificate"] == "pass" else 1
 

@@ -200,10 +200,8 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[tuple[object, ...], ..
 def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer."""
     steps = _steps(tokenizer.get("pre_tokenizer"))
-    names = [
-        name for name, known in PRE_TOKENIZERS.items() if steps == tuple(s for p in known.steps for s in _steps(p))
-    ]
-    if not names:
+    known = {tuple(s for part in p.steps for s in _steps(part)): name for name, p in PRE_TOKENIZERS.items()}
+    if steps not in known:
         raise LrqatError(
             f"tokenizer.json: pre_tokenizer {json.dumps(tokenizer.get('pre_tokenizer'))[:200]} has no known name in "
             f"llama.cpp (known: {', '.join(PRE_TOKENIZERS)}); export with --format gptq"
