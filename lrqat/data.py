@@ -14,7 +14,8 @@ into blocks of equal length; the rest is dropped.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,15 @@ def _hub_rows(source: str) -> Iterator[Any]:
         raise LrqatError(f"{source}: no such file, and no such dataset ({str(error).splitlines()[0]})") from None
 
 
-def token_stream(sources: list[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids, piece by piece."""
-    for document in (d for source in sources for d in documents(source)) if sources else iter(default_texts()):
+def token_stream(source: str | None, tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of one source (None: the default text), piece by piece."""
+    for document in default_texts() if source is None else documents(source):
         if isinstance(document, str):
             yield from _text_ids(document, tokenizer)
         elif getattr(tokenizer, "chat_template", None) is None:
-            raise LrqatError("data: a conversation needs a chat template, and the tokenizer has none; give plain text")
+            raise LrqatError(
+                f"{source}: conversations need a chat template, and the tokenizer has none; give plain text"
+            )
         else:
             yield tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)["input_ids"]
 
@@ -105,18 +108,33 @@ def _text_ids(text: str, tokenizer: Any) -> Iterator[list[int]]:
         yield [tokenizer.eos_token_id]
 
 
-def blocks(sources: list[str], tokenizer: Any, length: int, limit: int | None = None) -> Tensor:
-    """Int64 [N, length]: the sources' tokens in blocks, at most `limit` of them.
+def blocks(
+    sources: Sequence[str], tokenizer: Any, length: int, limit: int | None = None, enough: int | None = None
+) -> Tensor:
+    """The sources' tokens in blocks, int64 [N, length].
+
+    Args:
+        sources: files and hub datasets; none for the default text.
+        tokenizer: a transformers tokenizer.
+        length: tokens of a block.
+        limit: at most so many blocks.
+        enough: at most so many blocks of any one hub dataset, which may be endless.
 
     Raises:
         LrqatError: a source cannot be read, or there is less than one block of text.
     """
-    ids: list[int] = []
-    for piece in token_stream(sources, tokenizer):
-        ids += piece
-        if limit is not None and len(ids) >= limit * length:
-            break
+    ids = array("i")
+    named: list[str | None] = [*sources] or [None]
+    for source in named:
+        endless = source is not None and not Path(source).expanduser().is_file()
+        start = len(ids)
+        for piece in token_stream(source, tokenizer):
+            ids.extend(piece)
+            if limit is not None and len(ids) >= limit * length:
+                break
+            if endless and enough is not None and len(ids) - start >= enough * length:
+                break
     count = len(ids) // length if limit is None else min(len(ids) // length, limit)
     if count == 0:
         raise LrqatError(f"data: {len(ids)} tokens are less than one block of {length}; give more text or --seq-len")
-    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    return torch.frombuffer(ids, dtype=torch.int32)[: count * length].long().view(count, length)

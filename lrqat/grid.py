@@ -124,6 +124,9 @@ def dequantize(codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | int) -> T
     """
     rows, columns = codes_OI.shape
     groups = scales_OG.shape[1]
-    codes = codes_OI.float().view(rows, groups, columns // groups)
-    zeros = zeros_OG if isinstance(zeros_OG, int) else zeros_OG.float()[:, :, None]
-    return ((codes - zeros) * scales_OG.float()[:, :, None]).view(rows, columns)
+    offset = codes_OI.float().view(rows, groups, columns // groups)
+    if not isinstance(zeros_OG, int):
+        offset = offset - zeros_OG.float()[:, :, None]
+    elif zeros_OG:
+        offset = offset - zeros_OG
+    return (offset * scales_OG.float()[:, :, None]).view(rows, columns)

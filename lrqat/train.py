@@ -54,7 +54,8 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     base = locate(settings.model)
     check_shapes(base, grid, settings)
     dtype = getattr(torch, settings.dtype)
-    blocks_NT = shuffled(blocks(list(settings.data), base.tokenizer, settings.seq_len), settings)
+    text_NT = blocks(settings.data, base.tokenizer, settings.seq_len, enough=settings.blocks_needed)
+    blocks_NT = shuffled(text_NT, settings)
     fingerprint = make_fingerprint(base, blocks_NT, settings)
     if resume:
         check_fingerprint(out / "run.json", fingerprint)
@@ -179,6 +180,7 @@ def make_trainer(model: Any, data: Blocks, settings: TrainSettings, out: Path) -
         gradient_accumulation_steps=settings.accumulate,
         max_grad_norm=1.0,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         save_steps=settings.save_every,
         save_total_limit=2,
         seed=settings.seed,

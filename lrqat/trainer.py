@@ -9,6 +9,7 @@ are made again from the base model.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lrqat.errors import LrqatError
 from lrqat.losses import head_loss
 from lrqat.progress import log, peak_memory_gb
 
@@ -138,9 +140,11 @@ class Metrics(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Record loss, gradient norm, learning rate, tokens/s and peak memory."""
+        """Record loss, gradient norm, learning rate, tokens/s and peak memory; stop at a loss that is no number."""
         if not logs or "loss" not in logs:
             return
+        if not math.isfinite(logs["loss"]):
+            raise LrqatError(f"step {state.global_step}: the loss is {logs['loss']}; lower --lr or --lr-scales")
         elapsed = time.monotonic() - self.started
         done = state.global_step - self.first_step
         row = {

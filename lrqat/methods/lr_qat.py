@@ -131,7 +131,8 @@ class LRQAT(WeightQuantizer):
         if "gain_OG" in grads:
             ds_KG = (grad_KI * codes_KI).view(grouped).sum(2)
             grads["gain_OG"][rows] += ds_KG * self.start_scales_OG[rows]
-        inside_KI = latent_KI.sub_(codes_KI).abs_() <= 0.5
-        du_KI = grad_KI.view(grouped).mul_(self.scales(rows)[:, :, None]).view(count, columns).mul_(inside_KI)
+        low, high = -self.grid.midpoint - 0.5, self.grid.midpoint - 0.5
+        grad_KI = torch.ops.aten.hardtanh_backward(grad_KI, latent_KI, low, high)  # the derivative of the clip
+        du_KI = grad_KI.view(grouped).mul_(self.scales(rows)[:, :, None]).view(count, columns)
         grads["a_OR"][rows].addmm_(du_KI, self.b_RI.detach().T, alpha=self.multiplier)
         grads["b_RI"].addmm_(self.a_OR[rows].detach().T, du_KI, alpha=self.multiplier)
