@@ -94,7 +94,7 @@ def score(
 
 def load_any(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) of a fused checkpoint (dequantized), or of anything that `locate` finds."""
-    if (Path(source) / "fused.json").is_file():
+    if any((Path(source) / name).is_file() for name in ("fused.json", "fused/fused.json")):
         checkpoint = FusedCheckpoint.load(Path(source))
         return fake_quant_model(checkpoint, dtype), fused_tokenizer(checkpoint)
     base = locate(source)

@@ -68,9 +68,16 @@ class Base:
             options["quantization_config"] = GgufConfig(dequantize=True)
             options["config"] = build_config(self.config)
         try:
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, output_loading_info=True, **options
+            )
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             raise LrqatError(f"{self.source}: transformers cannot load it: {first_line(error)}") from None
+        if missing := sorted(report["missing_keys"]):
+            raise LrqatError(
+                f"{self.source}: {len(missing)} weights of {type(model).__name__} are not in it, the first is "
+                f"{missing[0]}; is config.json another model's?"
+            )
         return model.eval()
 
     @cached_property

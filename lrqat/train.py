@@ -59,12 +59,11 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     fingerprint = make_fingerprint(base, blocks_NT, settings)
     if resume:
         check_fingerprint(out / "run.json", fingerprint)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "run.json", fingerprint)
-
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
     model = base.model(dtype)
     body, head_VH = body_and_head(model)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "run.json", fingerprint)
     teacher = None
     if settings.loss == "kd":
         teacher = out / "teacher.npy"
