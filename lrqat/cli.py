@@ -10,11 +10,11 @@ from pathlib import Path
 
 from lrqat.command import common_flags, run, set_threads, show, with_recipe
 from lrqat.errors import LrqatError
-from lrqat.settings import DTYPES, LOSSES, TrainSettings
+from lrqat.settings import DTYPES, LOSSES, TRAIN_DTYPES, TrainSettings
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
 MODEL_HELP = "a Hugging Face directory, a hub id, or a GGUF file"
-SKIP_HELP = "leave linear layers whose name matches this regular expression as they are (repeatable)"
+SKIP_HELP = "leave linear layers whose name matches one of these regular expressions as they are"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +77,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--method", choices=("lrqat",), help=f"how codes are trained ({DEFAULTS['method']})")
     p.add_argument(
         "--data",
+        action="extend",
         nargs="+",
         metavar="SOURCE",
         help=".txt or .jsonl files, or hub datasets NAME[:CONFIG][@SPLIT] (default: CPython's own documentation)",
@@ -97,8 +98,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--warmup", type=float, help=f"share of the steps ({DEFAULTS['warmup']})")
     p.add_argument("--range-p", type=float, help=f"exponent of the range search; 0 is min-max ({DEFAULTS['range_p']})")
-    p.add_argument("--skip", action="append", metavar="REGEX", help=SKIP_HELP)
-    p.add_argument("--dtype", choices=DTYPES, help=f"of activations and dense weights ({DEFAULTS['dtype']})")
+    p.add_argument("--skip", action="extend", nargs="+", metavar="REGEX", help=SKIP_HELP)
+    p.add_argument("--dtype", choices=TRAIN_DTYPES, help=f"of activations and dense weights ({DEFAULTS['dtype']})")
     p.add_argument("--checkpoint-layers", action="store_true", help="recompute each layer's activations in backward")
     p.add_argument("--seed", type=int, help=f"({DEFAULTS['seed']})")
     p.add_argument(
@@ -145,7 +146,7 @@ def add_ptq(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--grid", default="w4g32", help="w<bits>[g<group size>] (w4g32)")
     p.add_argument("--method", choices=("rtn",), default="rtn", help="round to nearest")
     p.add_argument("--range-p", type=float, default=3.5, help="exponent of the range search; 0 is min-max (3.5)")
-    p.add_argument("--skip", action="append", default=[], metavar="REGEX", help=SKIP_HELP)
+    p.add_argument("--skip", action="extend", nargs="+", default=[], metavar="REGEX", help=SKIP_HELP)
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the dense weights (bfloat16)")
     p.set_defaults(body=ptq_command)
 

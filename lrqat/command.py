@@ -29,7 +29,7 @@ def run(body: Callable[[], int]) -> int:
 
 
 def with_recipe(argv: Sequence[str]) -> list[str]:
-    """`argv` with `--config recipe.yaml` replaced by the recipe's flags, before the others so that those win.
+    """`argv` with `--config recipe.yaml` replaced by the recipe's flags, but for those that `argv` has itself.
 
     A key is a flag's name, with - or _; a list gives several values; true gives a bare flag, false or null none.
     """
@@ -42,19 +42,20 @@ def with_recipe(argv: Sequence[str]) -> list[str]:
 
     try:
         recipe = yaml.safe_load(Path(found.config).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LrqatError(f"{found.config}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(recipe, dict):
         raise LrqatError(f"{found.config}: expected flags and values, as in `grid: w4g32`")
     flags: list[str] = []
     for key, value in recipe.items():
-        if value is None or value is False:
+        flag = f"--{str(key).replace('_', '-')}"
+        if value is None or value is False or any(word == flag or word.startswith(f"{flag}=") for word in rest):
             continue
-        flags.append(f"--{str(key).replace('_', '-')}")
+        flags.append(flag)
         values = value if isinstance(value, list) else [] if value is True else [value]
         flags += [str(v) for v in values]
-    start = 1 if rest and not rest[0].startswith("-") else 0  # after the subcommand
-    return [*rest[:start], *flags, *rest[start:]]
+    leading = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    return [*rest[:leading], *flags, *rest[leading:]]  # a list's values must not swallow a positional argument
 
 
 def show(rows: Mapping[str, Any], as_json: bool) -> None:

@@ -38,12 +38,12 @@ def documents(source: str) -> Iterator[str | list[dict[str, str]]]:
     """Texts and conversations of one source."""
     path = Path(source).expanduser()
     if path.suffix == ".jsonl" and path.is_file():
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
                         row = json.loads(line)
-                    except ValueError as error:
+                    except ValueError as error:  # UnicodeDecodeError is one
                         raise LrqatError(f"{source}:{number}: not JSON ({error})") from None
                     yield _document(row, f"{source}:{number}")
     elif path.is_file():
@@ -60,12 +60,21 @@ def _document(row: Any, where: str) -> str | list[dict[str, str]]:
     match row:
         case {"text": str(text)}:
             return text
-        case {"messages": list(messages)}:
+        case {"messages": [_, *_] as messages} if all(_is_message(message) for message in messages):
             return messages
         case {"prompt": str(prompt), "response": str(response)}:
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    raise LrqatError(f"{where}: expected the field text, messages, or prompt and response; got {found}")
+    raise LrqatError(
+        f"{where}: expected text, messages ([{{role, content}}, ...]), or prompt and response, all strings; got {found}"
+    )
+
+
+def _is_message(message: Any) -> bool:
+    match message:
+        case {"role": str(), "content": str()}:
+            return True
+    return False
 
 
 def _hub_rows(source: str) -> Iterator[Any]:
@@ -78,9 +87,10 @@ def _hub_rows(source: str) -> Iterator[Any]:
     except ImportError:
         raise LrqatError(f"{source}: no such file; to read it as a hub dataset: pip install 'lrqat[hub]'") from None
     try:
-        return iter(load_dataset(name, config or None, split=split or "train", streaming=True))
+        yield from load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # the hub client raises whatever its HTTP library raises
-        raise LrqatError(f"{source}: no such file, and no such dataset ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LrqatError(f"{source}: no such file, and as a dataset it cannot be read ({reason})") from None
 
 
 def token_stream(source: str | None, tokenizer: Any) -> Iterator[list[int]]:
@@ -123,6 +133,8 @@ def blocks(
     Raises:
         LrqatError: a source cannot be read, or there is less than one block of text.
     """
+    if length < 2 or (limit is not None and limit < 1):
+        raise LrqatError(f"data: expected at least 1 block of at least 2 tokens, got {limit} of {length}")
     ids = array("i")
     named: list[str | None] = [*sources] or [None]
     for source in named:

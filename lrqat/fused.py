@@ -238,8 +238,15 @@ class FusedCheckpoint:
                 f"version {index.get('version')!r}; use the lrqat that wrote it"
             )
         files = SafetensorsDirectory(directory)
-        weights = index["weights"]
-        specs = {name: FusedSpec(Grid.parse(w["grid"]), (w["shape"][0], w["shape"][1])) for name, w in weights.items()}
+        try:
+            weights, provenance = dict(index["weights"]), dict(index["provenance"])
+            hashes = {name: str(w["sha256"]) for name, w in weights.items()}
+            shapes = {name: tuple(map(int, w["shape"])) for name, w in weights.items()}
+            specs = {name: FusedSpec(Grid.parse(w["grid"]), shapes[name]) for name, w in weights.items()}  # type: ignore[arg-type]
+            if strange := [name for name, shape in shapes.items() if len(shape) != 2 or min(shape) < 1]:
+                raise ValueError(f"shape of {strange[0]}")
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise LrqatError(f"{index_path}: damaged ({type(error).__name__}: {error}); copy it again") from None
         parts = {_key(name, part) for name, spec in specs.items() for part, _, _ in spec.parts(name)}
         missing = parts - files.specs.keys()
         if missing:
@@ -258,7 +265,7 @@ class FusedCheckpoint:
                 grid,
             )
             found.check(name)
-            if tuple(found.codes_OI.shape) != specs[name].shape or found.sha256() != weights[name]["sha256"]:
+            if tuple(found.codes_OI.shape) != specs[name].shape or found.sha256() != hashes[name]:
                 raise LrqatError(f"{directory}: {name} does not match its SHA-256 in fused.json; the file was changed")
             return found
 
@@ -269,7 +276,7 @@ class FusedCheckpoint:
             dense_specs=dense_specs,
             hf_config=read_json(directory / "config.json"),
             assets=read_assets(directory),
-            provenance=index["provenance"],
+            provenance=provenance,
         )
 
 
@@ -287,11 +294,18 @@ class SafetensorsDirectory:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        paths = sorted(directory.glob("*.safetensors"))
+        index = directory / "model.safetensors.index.json"
+        weight_map = read_json(index).get("weight_map", {}) if index.is_file() else {}
+        if (directory / "model.safetensors").is_file():
+            paths = [directory / "model.safetensors"]
+        else:
+            paths = sorted({directory / str(name) for name in weight_map.values()} or directory.glob("*.safetensors"))
         if not paths:
             raise LrqatError(
                 f"{directory}: no safetensors file (pickled .bin weights are not read; convert them first)"
             )
+        if lost := [path for path in paths if path.parent != directory or not path.is_file()]:
+            raise LrqatError(f"{lost[0]}: named by {index.name}, but not there; copy or download it again")
         self.paths = paths
         self.file_of: dict[str, Path] = {}
         self.specs: dict[str, Spec] = {}
@@ -336,6 +350,7 @@ def fresh_directory(final: Path) -> Iterator[Path]:
     try:
         yield partial
         old = final.with_name(final.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             os.replace(final, old)
         os.replace(partial, final)

@@ -49,22 +49,24 @@ class HeadLoss(torch.autograd.Function):
             for first in range(0, count, step):
                 rows = slice(first, min(first + step, count))
                 if teacher_CV is not None:
-                    total += kd_rows(student_CV[rows], teacher_CV[rows], tokens)
+                    total += kd_rows(student_CV[rows], teacher_CV[rows])
                 else:
-                    total += ce_rows(student_CV[rows], target[chunk][rows], tokens)
+                    total += ce_rows(student_CV[rows], target[chunk][rows])
             torch.mm(student_CV, head_VH, out=grad_TH[chunk])
         ctx.save_for_backward(grad_TH)
+        ctx.tokens = tokens
         return (total / tokens).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the hidden states."""
         (grad_TH,) = ctx.saved_tensors
-        return grad_TH * grads[0].to(grad_TH.dtype), None, None
+        # 1/tokens comes last, so that 16-bit logits hold q - p at full precision.
+        return (grad_TH * (grads[0].float() / ctx.tokens)).to(grad_TH.dtype), None, None
 
 
-def kd_rows(student_KV: Tensor, teacher_KV: Tensor, tokens: int) -> Tensor:
-    """Sum over rows of KL(teacher || student); overwrites the student's logits with (q - p) / tokens.
+def kd_rows(student_KV: Tensor, teacher_KV: Tensor) -> Tensor:
+    """Sum over rows of KL(teacher || student); overwrites the student's logits with q - p.
 
     With logits shifted by their maximum, a and b, and their sums of exponentials A and B:
     KL = sum p (a_teacher - b_student) - log A + log B.
@@ -74,17 +76,17 @@ def kd_rows(student_KV: Tensor, teacher_KV: Tensor, tokens: int) -> Tensor:
     mass_a, mass_b = p.sum(1, keepdim=True), q.sum(1, keepdim=True)
     p.div_(mass_a)
     divergence = a_KV.sub_(b_KV).mul_(p).sum() - (mass_a.log() - mass_b.log()).sum()
-    student_KV.copy_(q.div_(mass_b).sub_(p).div_(tokens))
+    student_KV.copy_(q.div_(mass_b).sub_(p))
     return divergence
 
 
-def ce_rows(student_KV: Tensor, target_K: Tensor, tokens: int) -> Tensor:
-    """Sum over rows of -log q[target]; overwrites the student's logits with (q - onehot) / tokens."""
+def ce_rows(student_KV: Tensor, target_K: Tensor) -> Tensor:
+    """Sum over rows of -log q[target]; overwrites the student's logits with q - onehot."""
     q, b_KV = exponentials(student_KV)
     mass = q.sum(1, keepdim=True)
     nats = (mass.log() - b_KV.gather(1, target_K[:, None])).sum()
     q.div_(mass).scatter_add_(1, target_K[:, None], torch.full_like(mass, -1.0))
-    student_KV.copy_(q.div_(tokens))
+    student_KV.copy_(q)
     return nats
 
 

@@ -66,7 +66,7 @@ class Base:
         where, options = self.pretrained()
         if self.is_gguf:
             options["quantization_config"] = GgufConfig(dequantize=True)
-            options["config"] = build_config(self.config)
+            options["config"] = build_config(self.config, self.source)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, output_loading_info=True, **options
@@ -121,7 +121,7 @@ class Base:
 
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
-            GenerationConfig.from_model_config(build_config(self.config)).save_pretrained(folder)
+            GenerationConfig.from_model_config(build_config(self.config, self.source)).save_pretrained(folder)
             return read_assets(Path(folder))
 
     def skeleton(self) -> Any:
@@ -130,7 +130,7 @@ class Base:
 
         try:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(build_config(self.config))
+                return AutoModelForCausalLM.from_config(build_config(self.config, self.source))
         except (ValueError, KeyError) as error:
             raise LrqatError(f"{self.source}: no causal language model: {first_line(error)}") from None
 
@@ -174,7 +174,8 @@ def locate(source: str) -> Base:
         raise LrqatError(
             f"{source}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the base model's tokenizer files into it"
         )
-    return Base(source, path, tuple(SafetensorsDirectory(path).paths))
+    files = SafetensorsDirectory(path)
+    return Base(source, path, tuple(files.paths))
 
 
 def _download(source: str) -> Path:
@@ -193,21 +194,26 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def build_config(content: dict[str, Any]) -> Any:
+def build_config(content: dict[str, Any], source: str) -> Any:
     """The transformers configuration of a config.json."""
     from transformers import AutoConfig
 
     options = {key: value for key, value in content.items() if key != "model_type"}
     if "model_type" not in content:
-        raise LrqatError("config.json: no model_type; expected a Hugging Face model's configuration")
-    return AutoConfig.for_model(content["model_type"], **options)
+        raise LrqatError(f"{source}: config.json has no model_type; expected a Hugging Face model's configuration")
+    try:
+        return AutoConfig.for_model(content["model_type"], **options)
+    except Exception as error:  # every configuration class validates in its own way
+        reason = " ".join(str(error).split())
+        raise LrqatError(f"{source}: no model that transformers can configure: {reason}") from None
 
 
 def fake_quant_model(checkpoint: FusedCheckpoint, dtype: torch.dtype = torch.float32) -> Any:
     """The transformers model that holds the dequantized weights: the reference of every parity check."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(build_config(checkpoint.hf_config), dtype=dtype).requires_grad_(False)
+    config = build_config(checkpoint.hf_config, "fused checkpoint")
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
     for name, target in model.state_dict(keep_vars=True).items():
         if name in checkpoint.tensors:
             target.copy_(checkpoint.tensors[name].dequantize())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,10 @@ from lrqat.grid import Grid
 
 LOSSES = ("kd", "ce")
 DTYPES = ("bfloat16", "float16", "float32")
+TRAIN_DTYPES = ("bfloat16", "float32")  # float16 gradients underflow without loss scaling
+METHODS = ("lrqat",)
+DOWNCASTS = ("fixed", "int", "bf16")
+MAX_RANGE_P = 16.0  # beyond, |error|^p leaves float32
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class TrainSettings:
     alpha: float | None = None
     downcast: str = "fixed"
     lr: float = 1e-2
-    lr_scales: float = 1e-3
+    lr_scales: float = 4e-3
     warmup: float = 0.1
     range_p: float | None = 3.5
     skip: tuple[str, ...] = ()
@@ -41,8 +47,11 @@ class TrainSettings:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        Grid.parse(self.grid)
-        for name, allowed in (("loss", LOSSES), ("dtype", DTYPES), ("method", ("lrqat",))):
+        if not Grid.parse(self.grid).symmetric:
+            symmetric = self.grid.replace("-asym", "")
+            raise LrqatError(f"grid {self.grid}: asymmetric grids are not trained yet; use --grid {symmetric}")
+        choices = {"loss": LOSSES, "dtype": TRAIN_DTYPES, "method": METHODS, "downcast": DOWNCASTS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise LrqatError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("steps", "batch_size", "accumulate", "rank", "save_every"):
@@ -50,8 +59,18 @@ class TrainSettings:
                 raise LrqatError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.seq_len < 2:
             raise LrqatError(f"seq_len: expected at least 2, got {self.seq_len}")
-        if self.lr < 0 or self.lr_scales < 0:
-            raise LrqatError(f"lr, lr_scales: expected 0 or more, got {self.lr}, {self.lr_scales}")
+        for name in ("lr", "lr_scales"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise LrqatError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise LrqatError(f"alpha: expected a finite number above 0, got {self.alpha}")
+        if self.range_p is not None and not 0 < self.range_p <= MAX_RANGE_P:
+            raise LrqatError(f"range_p: expected above 0 and at most {MAX_RANGE_P}, or min-max, got {self.range_p}")
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise LrqatError(f"skip: {pattern!r} is no regular expression ({error})") from None
         if not 0 <= self.warmup < 1:
             raise LrqatError(f"warmup: expected a share of the steps in [0, 1), got {self.warmup}")
 

@@ -6,7 +6,7 @@ chunk by chunk, and so has the teacher's exact distribution over the whole vocab
 copy of the weights nor a teacher forward per step. docs/log.md has the measurement against a second forward
 through the un-rounded Phi0.
 
-The file is a memory-mapped .npy of uint16 words (the bits of bfloat16 or float16), [N, T, H].
+The file is a memory-mapped .npy of unsigned words, the bits of the states (numpy has no bfloat16), [N, T, H].
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrqat.errors import LrqatError
 from lrqat.evaluate import hidden_states
 from lrqat.fused import read_json, write_json
 from lrqat.progress import bar
+
+WORDS = {2: torch.uint16, 4: torch.uint32}
 
 
 def cache_teacher(path: Path, body: Any, blocks_NT: Tensor, hidden_size: int, dtype: torch.dtype, key: str) -> None:
@@ -32,20 +33,18 @@ def cache_teacher(path: Path, body: Any, blocks_NT: Tensor, hidden_size: int, dt
         body: the full-precision model up to its final hidden states.
         blocks_NT: int64 token ids.
         hidden_size: H.
-        dtype: 16-bit dtype of the states.
+        dtype: dtype of the states.
         key: identifies model and data.
     """
-    if dtype.itemsize != 2:
-        raise LrqatError(f"teacher: states are kept in 16 bits, got {dtype}; use --dtype bfloat16 or float16")
     stamp = path.with_suffix(".json")
     if path.is_file() and stamp.is_file() and read_json(stamp).get("key") == key:
         return
     path.unlink(missing_ok=True)
     shape = (*blocks_NT.shape, hidden_size)
-    states_NTH = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=shape)
+    states_NTH = np.lib.format.open_memmap(path, mode="w+", dtype=f"u{dtype.itemsize}", shape=shape)
     for number in bar(range(len(blocks_NT)), "teacher"):
         states_TH = hidden_states(body, blocks_NT[number].to(next(body.parameters()).device))
-        states_NTH[number] = states_TH.to(dtype).cpu().view(torch.uint16).numpy()
+        states_NTH[number] = states_TH.to(dtype).cpu().view(WORDS[dtype.itemsize]).numpy()
     states_NTH.flush()
     write_json(stamp, {"key": key})
 

@@ -17,11 +17,13 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrqat.errors import LrqatError
+from lrqat.fused import read_json
 from lrqat.losses import head_loss
 from lrqat.progress import log, peak_memory_gb
 
@@ -55,7 +57,7 @@ class LowRankTrainer(Trainer):
         save_file({n: p.detach().cpu() for n, p in self.model.trained().items()}, folder / "adapters.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / "adapters.safetensors")
+        saved = load_whole(Path(resume_from_checkpoint) / "adapters.safetensors")
         trained = self.model.trained()
         assert saved.keys() == trained.keys()  # the run's fingerprint was compared before
         with torch.no_grad():
@@ -75,8 +77,8 @@ class LowRankTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        tensors = load_file(Path(checkpoint) / "optimizer.safetensors")
-        schedule = json.loads((Path(checkpoint) / "scheduler.json").read_text())
+        tensors = load_whole(Path(checkpoint) / "optimizer.safetensors")
+        schedule = read_json(Path(checkpoint) / "scheduler.json")
         torch.random.set_rng_state(tensors.pop("rng"))
         if "rng.cuda" in tensors:
             torch.cuda.random.set_rng_state(tensors.pop("rng.cuda"))
@@ -92,6 +94,16 @@ class LowRankTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Kept with the optimizer."""
+
+
+def load_whole(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's file, or one line that says what to do."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LrqatError(
+            f"{path}: damaged ({error}); delete {path.parent.name} to resume from an earlier one"
+        ) from None
 
 
 def last_checkpoint(folder: Path) -> Path | None:

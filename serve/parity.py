@@ -4,7 +4,8 @@
     logits      runtime against the fake-quant model (float32 transformers) on the same tokens
     positive    the same weights dequantized to float32, through the same runtime: must agree to float32 noise.
                 So tokens, positions, metadata, rope layout and tying are right, and what is left is arithmetic
-    negative    the same weights pushed once more through a stock quantizer: must fail, else the limits say nothing
+    negative    the same weights pushed once more through a stock quantizer: must be told apart (outside the limits,
+                or several times farther from the reference), else the comparison says nothing
 
 The result is a certificate: figures, limits and why, hashes, versions, settings, verdict.
 """
@@ -37,6 +38,7 @@ from lrqat.progress import log
 from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, Comparison, Limits, within
 
 CERTIFICATE_VERSION = 1
+TOLD_APART = 3  # a re-rounded model must be outside the limits, or at least so many times as far as the exported one
 NEGATIVE_CONTROL_BITS = 5  # above, a second rounding moves logits less than the runtime's own arithmetic does
 HARD_TEXT = (
     "Numbers 3.14159, 2026 and 007; naïve café, Größe, 東京, 👩‍🚀!\n\tdef f(x):  return x**2  # tabs,   spaces\r\n"
@@ -181,7 +183,9 @@ def certify(
             found_controls["positive"] = measure("positive control", exact_path, EXACT, True)[1]
             if max(spec.grid.bits for spec in checkpoint.specs.values()) <= NEGATIVE_CONTROL_BITS:
                 wrong = runtime.write(requantized(checkpoint), work)
-                found_controls["negative"] = measure("negative control", wrong, runtime.limits, False)[1]
+                negative = measure("negative control", wrong, runtime.limits, False)[1]
+                negative["passed"] &= negative["figures"]["kl"] < TOLD_APART * logits["figures"]["kl"]
+                found_controls["negative"] = negative
     passed = equal == total and not differing and tokens_equal and logits["passed"]
     if controls:
         passed &= found_controls["positive"]["passed"]
@@ -262,6 +266,13 @@ def certificate_path(exported: Path) -> Path:
     return exported.with_suffix(".certificate.json") if exported.is_file() else exported / "certificate.json"
 
 
+def judge(name: str, passed: bool) -> str:
+    """A row's last column."""
+    if name == "negative control":
+        return "NOT told apart" if passed else "told apart, as it must be"
+    return "within limits" if passed else "OUTSIDE limits"
+
+
 def table(certificate: dict[str, Any]) -> str:
     """The certificate for a terminal."""
     weights = certificate["weights"]
@@ -280,8 +291,7 @@ def table(certificate: dict[str, Any]) -> str:
         f = row["figures"]
         lines.append(
             f"{name:18}{f['kl']:10.2e} {f['top1']:7.4f} {f['perplexity']:9.4f} {f['perplexity_change']:+8.2%} "
-            f"{f['logprob_difference_mean']:9.2e}  {'within limits' if row['passed'] else 'outside limits'}"
-            + (" (as it must be)" if name == "negative control" and not row["passed"] else "")
+            f"{f['logprob_difference_mean']:9.2e}  {judge(name, row['passed'])}"
         )
     lines.append(f"verdict   {certificate['verdict'].upper()}")
     return "\n".join(lines)

@@ -29,8 +29,7 @@ from lrqat.errors import LrqatError
 from lrqat.grid import Grid, expand_groups
 from lrqat.methods.base import WeightQuantizer
 from lrqat.ranges import row_tiles
-
-DOWNCASTS = ("fixed", "int", "bf16")
+from lrqat.settings import DOWNCASTS
 
 
 class LRQAT(WeightQuantizer):
