@@ -45,7 +45,7 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 vllm-parity: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest -m vllm
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve/test_vllm.py
 
 format:
 	$(VENV)/bin/ruff check --fix .

@@ -14,7 +14,7 @@ from lrqat.errors import LrqatError
 from lrqat.losses import CHUNK_TOKENS, body_and_head, head_loss
 
 HIDDEN, WORDS = 24, 331
-# Logits and gradients are rounded to the dtype once each (8 and 11 significant bits), and summed over words.
+# Logits and gradients are rounded to the dtype once each (8 significant bits in bfloat16), and summed over words.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}  # the dtypes that are trained in
 KD_FACTOR = 4  # q - p is about a quarter of q here, and both carry the rounding of their logits
 

@@ -1,5 +1,6 @@
 """vLLM against Hugging Face on the weights that were trained; `vllm` tests need vLLM in this very environment."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,24 @@ def test_vllm_serves_the_weights_that_were_trained(tmp_path: Path, grid: str, de
     others = {**weights, name: weights[name].clone()}
     others[name][:16, :32] *= -1
     assert mean_kl(logprobs_TV(model, others, tokens), ours_TV) >= MIN_KL_OF_OTHER_WEIGHTS
+
+
+@pytest.mark.vllm
+def test_vllm_certifies_a_gptq_directory_and_both_controls_speak(trained_model_dir: Path, tmp_path: Path) -> None:
+    from lrqat.models import locate
+    from lrqat.ptq import quantize as round_to_nearest
+    from serve.parity import certify, runtime_for
+
+    fused = round_to_nearest(locate(str(trained_model_dir)), Grid.parse("w4g32"), 3.5, (), torch.bfloat16, tmp_path)
+    out = gptq.write(FusedCheckpoint.load(fused), tmp_path / "exported")
+    runtime = runtime_for(out, None, threads=1, python=sys.executable, dtype="float16")
+
+    certificate = certify(fused, out, runtime, texts=[], count=2, length=192, controls=True)
+
+    assert certificate["verdict"] == "pass"
+    assert certificate["weights"] == {"equal": 14, "total": 14, "differing": []}
+    assert certificate["controls"]["positive"]["passed"]
+    assert not certificate["controls"]["negative"]["passed"]
 
 
 @pytest.mark.vllm
