@@ -84,7 +84,9 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--steps", type=int, help=f"optimizer steps ({DEFAULTS['steps']})")
     p.add_argument("--batch-size", type=int, help=f"blocks a forward pass ({DEFAULTS['batch_size']})")
-    p.add_argument("--accumulate", type=int, help=f"forward passes a step ({DEFAULTS['accumulate']})")
+    p.add_argument(
+        "--gradient-accumulation", type=int, help=f"forward passes a step ({DEFAULTS['gradient_accumulation']})"
+    )
     p.add_argument("--seq-len", type=int, help=f"tokens a block ({DEFAULTS['seq_len']})")
     p.add_argument(
         "--loss", choices=LOSSES, help=f"distillation from the full-precision model, or CE ({DEFAULTS['loss']})"
@@ -100,7 +102,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--range-p", type=float, help=f"exponent of the range search; 0 is min-max ({DEFAULTS['range_p']})")
     p.add_argument("--skip", action="extend", nargs="+", metavar="REGEX", help=SKIP_HELP)
     p.add_argument("--dtype", choices=TRAIN_DTYPES, help=f"of activations and dense weights ({DEFAULTS['dtype']})")
-    p.add_argument("--checkpoint-layers", action="store_true", help="recompute each layer's activations in backward")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers in backward: less memory")
     p.add_argument("--seed", type=int, help=f"({DEFAULTS['seed']})")
     p.add_argument(
         "--save-every", type=int, metavar="STEPS", help=f"steps between checkpoints ({DEFAULTS['save_every']})"

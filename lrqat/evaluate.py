@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrqat.console import bar, device
 from lrqat.data import blocks
 from lrqat.fused import FusedCheckpoint
 from lrqat.models import fake_quant_model, fused_tokenizer, locate
-from lrqat.progress import bar
 
 CHUNK_TOKENS = 256
 
@@ -68,7 +68,7 @@ def score(
     same = predicted = 0
     head = model.get_output_embeddings().weight
     other_head = None if reference is None else reference.get_output_embeddings().weight
-    for block_T in bar(blocks_NT, "evaluate"):
+    for block_T in bar(blocks_NT.to(head.device), "evaluate"):
         hidden_TH = hidden_states(model.base_model, block_T)
         other_TH = hidden_states(reference.base_model, block_T) if reference is not None else None
         for start in range(0, len(block_T) - 1, CHUNK_TOKENS):
@@ -96,9 +96,9 @@ def load_any(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) of a fused checkpoint (dequantized), or of anything that `locate` finds."""
     if any((Path(source) / name).is_file() for name in ("fused.json", "fused/fused.json")):
         checkpoint = FusedCheckpoint.load(Path(source))
-        return fake_quant_model(checkpoint, dtype), fused_tokenizer(checkpoint)
+        return fake_quant_model(checkpoint, dtype).to(device()), fused_tokenizer(checkpoint)
     base = locate(source)
-    return base.model(dtype), base.tokenizer
+    return base.model(dtype).to(device()), base.tokenizer
 
 
 def evaluate_files(

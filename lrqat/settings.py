@@ -30,7 +30,7 @@ class TrainSettings:
     data: tuple[str, ...] = ()
     steps: int = 200
     batch_size: int = 2
-    accumulate: int = 1
+    gradient_accumulation: int = 1
     seq_len: int = 512
     loss: str = "kd"
     rank: int = 32
@@ -42,7 +42,7 @@ class TrainSettings:
     range_p: float | None = 3.5
     skip: tuple[str, ...] = ()
     dtype: str = "bfloat16"
-    checkpoint_layers: bool = False
+    gradient_checkpointing: bool = False
     seed: int = 0
     save_every: int = 50
 
@@ -54,7 +54,7 @@ class TrainSettings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise LrqatError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("steps", "batch_size", "accumulate", "rank", "save_every"):
+        for name in ("steps", "batch_size", "gradient_accumulation", "rank", "save_every"):
             if getattr(self, name) < 1:
                 raise LrqatError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.seq_len < 2:
@@ -77,7 +77,7 @@ class TrainSettings:
     @property
     def blocks_needed(self) -> int:
         """Blocks that the run sees, if there is enough text."""
-        return self.steps * self.batch_size * self.accumulate
+        return self.steps * self.batch_size * self.gradient_accumulation
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON and for the run's fingerprint."""

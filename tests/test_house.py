@@ -22,7 +22,7 @@ FILES = sorted(path for package in PACKAGES for path in (HOUSE / package).rglob(
 ON_TOP = {"lrqat.cli", "exporters.cli", "serve.parity_cli", "serve.server"}
 # What exporters and runtimes know of lrqat: the hand-over and its helpers, nothing of training.
 HANDOVER = {"lrqat", "lrqat.errors", "lrqat.grid", "lrqat.fused", "lrqat.safestream", "lrqat.gguf_file"}
-HANDOVER |= {"lrqat.command", "lrqat.models", "lrqat.data", "lrqat.progress", "lrqat.pretokenizers"}
+HANDOVER |= {"lrqat.command", "lrqat.models", "lrqat.data", "lrqat.console", "lrqat.pretokenizers"}
 # grid <- methods <- layers <- train, fused beside the methods: each may import those of a lower number.
 FLOORS = {
     "lrqat.errors": 0,

@@ -66,10 +66,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: object, status: int = 2)
 
 
 def test_a_recipes_keys_are_the_flags(recipe: Any) -> None:
-    path = recipe("grid: w3g64\nsteps: 7\nseq-len: 64\nlr_scales: 0\ncheckpoint_layers: true\nresume: false\nalpha:\n")
+    path = recipe(
+        "grid: w3g64\nsteps: 7\nseq-len: 64\nlr_scales: 0\ngradient_checkpointing: true\nresume: false\nalpha:\n"
+    )
     args = parsed("train", "M", "--config", path)
     assert (args.model, args.grid, args.steps, args.seq_len, args.lr_scales) == ("M", "w3g64", 7, 64, 0.0)
-    assert args.checkpoint_layers is True and args.resume is False and args.alpha is None
+    assert args.gradient_checkpointing is True and args.resume is False and args.alpha is None
 
 
 @pytest.mark.parametrize("order", [["--steps", "9", "--config"], ["--config"]])
@@ -149,7 +151,7 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str], argv: list
         ["--range-p", "nan"],
         ["--alpha", "nan"],
         ["--save-every", "0"],
-        ["--accumulate", "0"],
+        ["--gradient-accumulation", "0"],
         ["--threads", "0"],
         ["--loss", "mse"],
         ["--dtype", "int8"],

@@ -284,12 +284,19 @@ def test_a_damaged_checkpoint_is_one_line(
 
     out = tmp_path / "run"
     shutil.copytree(run, out)
+    (out / "summary.json").unlink()
     folder = last_checkpoint(out / "checkpoints")
     assert folder is not None
     path = folder / "adapters.safetensors"
     path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:-100])
     assert main(command(out, "--resume")) == 2
     assert "adapters.safetensors" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_resuming_a_complete_run_gives_its_summary_at_once(run: Path, command: Callable[..., list[str]]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert main(command(run, "--resume")) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
 def settings_for(model: Path, **options: Any) -> TrainSettings:
@@ -306,7 +313,7 @@ def test_checkpointing_layers_gives_the_same_gradients_and_keeps_less(
     gradients: list[dict[str, Tensor | None]] = []
     kept: list[int] = []
     for checkpointed in (False, True):
-        settings = settings_for(tiny_model_dir, checkpoint_layers=checkpointed)
+        settings = settings_for(tiny_model_dir, gradient_checkpointing=checkpointed)
         model = locate(str(tiny_model_dir)).model(torch.float32)
         swap_for_training(model, Grid.parse(settings.grid), settings)
         trainer = make_trainer(model, Blocks(ids, None, torch.float32), settings, tmp_path)
@@ -333,7 +340,9 @@ def test_checkpointing_layers_gives_the_same_gradients_and_keeps_less(
 def test_accumulated_steps_are_the_steps_of_a_larger_batch(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
     words = [str(tiny_model_dir), "--data", str(text), *SMALL, "--steps", "4", "--loss", "ce", "--dtype", "float32"]
     assert main(["train", *words, "--batch-size", "4", "--out", str(tmp_path / "a")]) == 0
-    assert main(["train", *words, "--batch-size", "2", "--accumulate", "2", "--out", str(tmp_path / "b")]) == 0
+    assert (
+        main(["train", *words, "--batch-size", "2", "--gradient-accumulation", "2", "--out", str(tmp_path / "b")]) == 0
+    )
     # the same tokens a step: float32 sums in another order, amplified by 3 steps of Adam
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-3)
     assert read_metrics(tmp_path / "a" / "metrics.jsonl")[-1]["tokens"] == 4 * 4 * 32
@@ -347,7 +356,7 @@ def test_every_variant_trains_fuses_and_loads(
     tiny_model_dir: Path, text: Path, tmp_path: Path, flags: list[str]
 ) -> None:
     out = tmp_path / "run"
-    words = [str(tiny_model_dir), "--data", str(text), *SMALL, "--steps", "2", "--checkpoint-layers", *flags]
+    words = [str(tiny_model_dir), "--data", str(text), *SMALL, "--steps", "2", "--gradient-checkpointing", *flags]
     assert main(["train", *words, "--out", str(out)]) == 0
     model = fake_quant_model(FusedCheckpoint.load(out))
     assert model(torch.arange(8)[None]).logits.isfinite().all()

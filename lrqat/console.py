@@ -1,11 +1,14 @@
-"""Progress that reads well on a terminal and in a log file, and the memory figure beside it."""
+"""What a run tells its user: progress that reads well on a terminal and in a log file, memory, device."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -16,6 +19,13 @@ def bar(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]
 
     quiet = not sys.stderr.isatty()
     return tqdm(items, desc=label, total=total, file=sys.stderr, mininterval=30 if quiet else 0.1, dynamic_ncols=True)
+
+
+def device() -> torch.device:
+    """Where models run: the GPU if there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def peak_memory_gb() -> float:
