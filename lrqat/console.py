@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeVar
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
+LOG_SECONDS = 30.0
 
 
-def bar(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
-    """`items` with a tqdm bar on stderr; in a log file one line every half minute."""
-    from tqdm import tqdm
+def bar(items: Sequence[Any] | torch.Tensor, label: str) -> Iterator[Any]:
+    """`items`, with a tqdm bar on a terminal, and in a log file a line every LOG_SECONDS."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
 
-    quiet = not sys.stderr.isatty()
-    return tqdm(items, desc=label, total=total, file=sys.stderr, mininterval=30 if quiet else 0.1, dynamic_ncols=True)
+        yield from tqdm(items, desc=label, dynamic_ncols=True)
+        return
+    started = said = time.monotonic()
+    for number, item in enumerate(items):
+        if (now := time.monotonic()) - said >= LOG_SECONDS:
+            said, left = now, (now - started) / number * (len(items) - number)
+            log(f"{label} {number}/{len(items)}  {left / 60:.1f} min left")
+        yield item
 
 
 def device() -> torch.device:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrqat.console import bar
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
 from lrqat.methods.base import WeightQuantizer
@@ -59,7 +60,7 @@ def swap_linears(
     """
     model.requires_grad_(False)
     swapped = []
-    for name in linear_names(model, skip):
+    for name in bar(linear_names(model, skip), "quantize"):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         parent, _, child = name.rpartition(".")

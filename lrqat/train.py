@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import lrqat
-from lrqat.console import bar, device, log, peak_memory_gb
+from lrqat.console import device, log, peak_memory_gb
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, read_json, write_json
@@ -141,10 +141,8 @@ def check_fingerprint(path: Path, now: dict[str, Any]) -> None:
 def swap_for_training(model: Any, grid: Grid, settings: TrainSettings) -> None:
     """Put an LRQAT quantizer in the place of every linear layer."""
     generator = torch.Generator().manual_seed(settings.seed)
-    progress = iter(bar(range(len(linear_names(model, settings.skip))), "quantize"))
 
     def make(name: str, weight_OI: Tensor) -> LRQAT:
-        next(progress)
         return LRQAT(
             weight_OI,
             initial_scales(weight_OI, grid, settings.range_p, name),
@@ -157,7 +155,6 @@ def swap_for_training(model: Any, grid: Grid, settings: TrainSettings) -> None:
         )
 
     swap_linears(model, make, settings.skip)
-    next(progress, None)
 
 
 def make_trainer(model: Any, data: Blocks, settings: TrainSettings, out: Path) -> LowRankTrainer:
