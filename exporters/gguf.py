@@ -63,8 +63,7 @@ def carries(grid: Grid, shape: tuple[int, int], name: str = "weight") -> Refusal
     if not grid.symmetric:
         return Refusal(
             f"{name}: GGUF carries no integer zeros exactly (grid {grid})",
-            f"train on {Grid(grid.bits, grid.group_size, True, grid.scale_precision)} "
-            "or export with --format compressed-tensors",
+            f"train on {Grid(grid.bits, grid.group_size, True, grid.scale_precision)}",
         )
     group = grid.columns_per_group(columns, name)
     if group % COLUMNS:

@@ -86,7 +86,7 @@ def check(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], tied
     if list(architectures) != [ARCHITECTURE]:
         raise LrqatError(
             f"architecture {', '.join(map(str, architectures))}: GGUF export knows {ARCHITECTURE} only; "
-            "export with --format compressed-tensors or gptq"
+            "export with --format gptq"
         )
     if config.get("hidden_act", "silu") != "silu":
         raise LrqatError(f"hidden_act {config['hidden_act']}: llama.cpp's Llama computes SiLU only")
@@ -142,7 +142,7 @@ def _rope_factors(config: Mapping[str, Any]) -> list[float] | None:
     if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise LrqatError(
             f"rope {rope}: GGUF export carries rope_type default, linear and llama3 of whole heads; "
-            "export with --format compressed-tensors or gptq"
+            "export with --format gptq"
         )
     if kind != "llama3":
         return None

@@ -233,7 +233,7 @@ def _space_prefix(tokenizer: dict[str, Any]) -> bool:
             return bool(scheme == "always")
     raise LrqatError(
         "tokenizer.json: it treats spaces otherwise than llama.cpp's SentencePiece (a Metaspace of scheme 'first' puts "
-        "none after a special token); export with --format compressed-tensors or gptq"
+        "none after a special token); export with --format gptq"
     )
 
 

@@ -130,7 +130,7 @@ def write(checkpoint: FusedCheckpoint, out_dir: Path, *, zeros: Literal["v1", "v
     for name, dense in checkpoint.dense_specs.items():
         entries.append(Entry(name, dense.dtype, dense.shape, partial(checkpoint.dense.__getitem__, name)))
     dtype = _served_dtype(checkpoint)
-    with fresh_directory(Path(out_dir)) as fresh:
+    with fresh_directory(Path(out_dir), _ours) as fresh:
         write_model(fresh, entries, {"format": "pt"})
         checkpoint.write_assets(
             fresh,
@@ -139,6 +139,13 @@ def write(checkpoint: FusedCheckpoint, out_dir: Path, *, zeros: Literal["v1", "v
             quantization_config=_quantization_config(checkpoint, grid, zeros),
         )
     return Path(out_dir)
+
+
+def _ours(directory: Path) -> bool:
+    """An earlier export of ours, which may be replaced."""
+    path = directory / "config.json"
+    config = read_json(path).get("quantization_config") if path.is_file() else None
+    return isinstance(config, dict) and any("lrqat" in str(q) for q in (config.get("meta") or {}).get("quantizer", []))
 
 
 def _weight_entries(

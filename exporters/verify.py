@@ -21,6 +21,7 @@ def count_equal(checkpoint: FusedCheckpoint, exported: Mapping[str, Tensor]) -> 
     for name in checkpoint.dense:
         if not _same(exported, name, checkpoint.dense[name].float):
             differing.append(name)
+    differing += sorted(set(exported) - {*checkpoint.tensors, *checkpoint.dense})
     return equal, len(checkpoint.tensors), differing
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from lrqat.console import bar, device
 from lrqat.data import blocks
 from lrqat.fused import FusedCheckpoint
+from lrqat.losses import body_and_head
 from lrqat.models import fake_quant_model, fused_tokenizer, locate
 
 CHUNK_TOKENS = 256
@@ -66,11 +67,11 @@ def score(
     """
     nats = kl = 0.0
     same = predicted = 0
-    head = model.get_output_embeddings().weight
-    other_head = None if reference is None else reference.get_output_embeddings().weight
+    body, head = body_and_head(model)
+    other_body, other_head = (None, None) if reference is None else body_and_head(reference)
     for block_T in bar(blocks_NT.to(head.device), "evaluate"):
-        hidden_TH = hidden_states(model.base_model, block_T)
-        other_TH = hidden_states(reference.base_model, block_T) if reference is not None else None
+        hidden_TH = hidden_states(body, block_T)
+        other_TH = hidden_states(other_body, block_T) if other_body is not None else None
         for start in range(0, len(block_T) - 1, CHUNK_TOKENS):
             chunk = slice(start, min(start + CHUNK_TOKENS, len(block_T) - 1))
             next_C = block_T[chunk.start + 1 : chunk.stop + 1]

@@ -201,7 +201,7 @@ class FusedCheckpoint:
                 entries.append(Entry(_key(name, part), dtype, shape, partial(_field, fused, name, part)))
         for name, dense in self.dense_specs.items():
             entries.append(Entry(name, dense.dtype, dense.shape, partial(self.dense.__getitem__, name)))
-        with fresh_directory(directory) as fresh:
+        with fresh_directory(directory, lambda path: (path / "fused.json").is_file()) as fresh:
             write_model(fresh, entries, {"format": "pt"})
             weights = {
                 name: {"grid": str(spec.grid), "shape": list(spec.shape), "sha256": hashes[name]}
@@ -340,8 +340,18 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def fresh_directory(final: Path) -> Iterator[Path]:
-    """A directory to fill; renamed to `final` if all went well, else removed."""
+def fresh_directory(final: Path, ours: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
+    """A directory to fill; renamed to `final` if all went well, else removed.
+
+    Args:
+        final: the name it gets. What is there already is replaced if it is empty or `ours` says so.
+        ours: tells whether an existing directory is an earlier result of the same kind.
+
+    Raises:
+        LrqatError: `final` holds something that lrqat did not write.
+    """
+    if final.exists() and not (final.is_dir() and (ours(final) or not any(final.iterdir()))):
+        raise LrqatError(f"{final}: exists, and is not an earlier result of this command; name another --out")
     partial = final.with_name(final.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)

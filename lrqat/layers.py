@@ -35,11 +35,29 @@ def linear_names(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
     `skip` holds regular expressions that are searched in the module's name.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    try:
+        patterns = [re.compile(pattern) for pattern in skip]
+    except re.error as error:
+        raise LrqatError(f"skip: {error.pattern!r} is no regular expression ({error})") from None
+
+    def skipped(name: str) -> bool:
+        return any(pattern.search(name) for pattern in patterns)
+
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not any(re.search(p, name) for p in skip)
+        if type(module) is nn.Linear and module is not head and not skipped(name)
     ]
+    known = set()
+    for module in model.modules():
+        if type(module) is nn.Linear or isinstance(module, nn.Embedding) or module is head:
+            known |= {id(parameter) for parameter in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and id(parameter) not in known and not skipped(name):
+            raise LrqatError(
+                f"{type(model).__name__}: {name} {list(parameter.shape)} is in no linear layer (experts?), which lrqat "
+                "cannot quantize yet; leave it as it is with --skip"
+            )
     if not names:
         raise LrqatError(f"{type(model).__name__}: no linear layer to quantize; is `--skip` too wide?")
     return names
@@ -76,9 +94,11 @@ def quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:
 
 
 def fuse_model(
-    model: nn.Module, hf_config: dict[str, Any], assets: dict[str, bytes], provenance: dict[str, Any]
+    model: Any, hf_config: dict[str, Any], assets: dict[str, bytes], provenance: dict[str, Any]
 ) -> FusedCheckpoint:
     """The swapped model as a fused checkpoint; tensors are fused when asked for, each checked.
+
+    The training forward multiplies by s * (q - z) rounded to its dtype; both that and the float32 weight are checked.
 
     Raises:
         RuntimeError: a weight's `dequantize()` differs from the weight of the training forward in any bit.
@@ -87,7 +107,9 @@ def fuse_model(
 
     def fuse(name: str) -> FusedTensor:
         fused = found[name].fuse()
-        if not torch.equal(fused.dequantize(), found[name].weight().cpu()):
+        weight_OI = fused.dequantize()
+        same = torch.equal(weight_OI, found[name].weight().cpu())
+        if not (same and torch.equal(weight_OI.to(model.dtype), found[name].weight(model.dtype).cpu())):
             raise RuntimeError(f"{name}: the fused weight is not the weight of the training forward")
         return fused
 
@@ -97,10 +119,15 @@ def fuse_model(
         dense=dense,
         specs={name: FusedSpec(q.grid, q.shape) for name, q in found.items()},
         dense_specs={name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()},
-        hf_config=hf_config,
+        hf_config=effective_config(model, hf_config),
         assets=assets,
         provenance=provenance,
     )
+
+
+def effective_config(model: Any, hf_config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with what transformers only implies: whether the head is tied, which decides what is stored."""
+    return {**hf_config, "tie_word_embeddings": bool(model.config.get_text_config().tie_word_embeddings)}
 
 
 def dense_tensors(model: nn.Module) -> dict[str, Tensor]:

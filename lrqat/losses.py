@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrqat.errors import LrqatError
@@ -118,9 +119,9 @@ def body_and_head(model: Any) -> tuple[Any, Tensor]:
     with torch.no_grad():
         ids = torch.arange(8, device=head.weight.device)[None]
         hidden = body(ids, use_cache=False).last_hidden_state
-        if not torch.equal(hidden @ head.weight.T, model(ids, use_cache=False).logits):
+        if not torch.equal(F.linear(hidden, head.weight), model(ids, use_cache=False).logits):
             raise LrqatError(
                 f"{type(model).__name__}: its head is not a plain matrix product (soft-capping or scaling?); "
-                "lrqat cannot train it yet"
+                "lrqat does not know it yet"
             )
     return body, head.weight

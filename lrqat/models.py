@@ -56,8 +56,8 @@ class Base:
     def pretrained(self) -> tuple[str, dict[str, Any]]:
         """Arguments of `from_pretrained` that name the model."""
         if self.is_gguf:
-            return str(self.path.parent), {"gguf_file": self.path.name}
-        return str(self.path), {}
+            return str(self.path.parent), {"gguf_file": self.path.name, "trust_remote_code": False}
+        return str(self.path), {"trust_remote_code": False}
 
     def model(self, dtype: torch.dtype) -> Any:
         """The transformers model, in evaluation mode."""
@@ -67,6 +67,8 @@ class Base:
         if self.is_gguf:
             options["quantization_config"] = GgufConfig(dequantize=True)
             options["config"] = build_config(self.config, self.source)
+        else:
+            options["use_safetensors"] = True
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, output_loading_info=True, **options
@@ -174,6 +176,9 @@ def locate(source: str) -> Base:
         raise LrqatError(
             f"{source}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the base model's tokenizer files into it"
         )
+    if (quantized := read_json(path / "config.json").get("quantization_config")) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise LrqatError(f"{source}: is quantized already ({method}); start from the full-precision model")
     files = SafetensorsDirectory(path)
     return Base(source, path, tuple(files.paths))
 
@@ -231,4 +236,7 @@ def fused_tokenizer(checkpoint: FusedCheckpoint) -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.write_assets(Path(folder))
-        return AutoTokenizer.from_pretrained(folder)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, KeyError, OSError) as error:
+            raise LrqatError(f"fused checkpoint: its tokenizer cannot be loaded: {first_line(error)}") from None

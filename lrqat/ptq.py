@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import lrqat
+from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
 from lrqat.grid import Grid, expand_groups
-from lrqat.layers import dense_tensors, linear_names
+from lrqat.layers import dense_tensors, effective_config, linear_names
 from lrqat.models import Base
 from lrqat.ranges import initial_scales, row_tiles
 
@@ -28,6 +29,8 @@ def rtn(weight_OI: Tensor, grid: Grid, p: float | None, name: str = "weight") ->
 
 def quantize(base: Base, grid: Grid, p: float | None, skip: tuple[str, ...], dtype: torch.dtype, out: Path) -> Path:
     """RTN of a whole model, written to `out`/fused; returns that path."""
+    if (out / "run.json").exists():
+        raise LrqatError(f"{out}: holds a training run; name another --out")
     skeleton = base.skeleton()
     for name in linear_names(skeleton, skip):
         grid.columns_per_group(skeleton.get_submodule(name).weight.shape[1], f"{name}.weight")
@@ -40,7 +43,7 @@ def quantize(base: Base, grid: Grid, p: float | None, skip: tuple[str, ...], dty
         dense=dense,
         specs=specs,
         dense_specs={name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()},
-        hf_config=base.config,
+        hf_config=effective_config(model, base.config),
         assets=base.assets,
         provenance={
             "method": "rtn",

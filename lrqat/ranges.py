@@ -14,11 +14,14 @@ through their wire precision, so the winner is the best one that can be stored.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lrqat.errors import LrqatError
 from lrqat.grid import Grid
+from lrqat.settings import MAX_RANGE_P
 
 SHRINK = [1.04 - 0.04 * step for step in range(17)]  # 1.04 .. 0.40; two bits prefer strong clipping
 TILE_WEIGHTS = 1 << 18  # elements that stay in a core's L2 cache with their temporaries
@@ -42,7 +45,10 @@ def initial_scales(weight_OI: Tensor, grid: Grid, p: float | None, name: str = "
     rows, columns = weight_OI.shape
     size = grid.columns_per_group(columns, name)
     if not grid.symmetric:
-        raise LrqatError(f"{name}: grid {grid} is asymmetric, which no method trains yet; use --grid w{grid.bits}")
+        symmetric = replace(grid, symmetric=True)
+        raise LrqatError(f"{name}: grid {grid} is asymmetric, which no method does yet; use --grid {symmetric}")
+    if p is not None and not 0 < p <= MAX_RANGE_P:
+        raise LrqatError(f"range_p: expected above 0 and at most {MAX_RANGE_P}, or min-max, got {p}")
     scales = torch.empty(rows, columns // size, device=weight_OI.device)
     for tile in row_tiles(rows, columns):
         groups = weight_OI[tile].float().reshape(-1, size)
@@ -65,13 +71,15 @@ def minmax_scales(groups_NK: Tensor, grid: Grid) -> Tensor:
 def lp_scales(groups_NK: Tensor, grid: Grid, p: float) -> Tensor:
     """The scale among +-SHRINK * min-max with the least sum |error|^p; [N]."""
     start = minmax_scales(groups_NK, grid).abs()
+    steps_NK = groups_NK / start[:, None]  # errors in steps: |error|^p stays in float32's range for any weights
     best = start.clone()
     least_error = torch.full_like(best, torch.inf)
     for factor in SHRINK:
         for sign in (1.0, -1.0):
             scale = grid.to_wire(sign * factor * start)
-            rounded = (groups_NK / scale[:, None]).round_().clamp_(-grid.midpoint, grid.midpoint - 1)
-            error = power(rounded.mul_(scale[:, None]).sub_(groups_NK).abs_(), p).sum(1)
+            relative = (scale / start)[:, None]
+            rounded = (steps_NK / relative).round_().clamp_(-grid.midpoint, grid.midpoint - 1)
+            error = power(rounded.mul_(relative).sub_(steps_NK).abs_(), p).sum(1)
             better = error < least_error
             least_error = torch.where(better, error, least_error)
             best = torch.where(better, scale, best)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +65,6 @@ class TrainSettings:
             raise LrqatError(f"alpha: expected a finite number above 0, got {self.alpha}")
         if self.range_p is not None and not 0 < self.range_p <= MAX_RANGE_P:
             raise LrqatError(f"range_p: expected above 0 and at most {MAX_RANGE_P}, or min-max, got {self.range_p}")
-        for pattern in self.skip:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise LrqatError(f"skip: {pattern!r} is no regular expression ({error})") from None
         if not 0 <= self.warmup < 1:
             raise LrqatError(f"warmup: expected a share of the steps in [0, 1), got {self.warmup}")
 

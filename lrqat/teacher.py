@@ -11,6 +11,7 @@ The file is a memory-mapped .npy of unsigned words, the bits of the states (nump
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def cache_teacher(path: Path, body: Any, blocks_NT: Tensor, hidden_size: int, dt
     path.unlink(missing_ok=True)
     shape = (*blocks_NT.shape, hidden_size)
     states_NTH = np.lib.format.open_memmap(path, mode="w+", dtype=f"u{dtype.itemsize}", shape=shape)
+    with open(path, "r+b") as file:  # a full disk is an error now, not a crash when a page is written
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     for number in bar(range(len(blocks_NT)), "teacher"):
         states_TH = hidden_states(body, blocks_NT[number].to(next(body.parameters()).device))
         states_NTH[number] = states_TH.to(dtype).cpu().view(WORDS[dtype.itemsize]).numpy()

@@ -79,7 +79,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     checkpoint = last_checkpoint(out / "checkpoints") if resume else None
     training_started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.stopped:
+    if stop.stopped and trainer.state.global_step < settings.steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; go on with --resume")
 
     moved = moved_codes(model)
@@ -189,6 +189,7 @@ def make_trainer(model: Any, data: Blocks, settings: TrainSettings, out: Path) -
         report_to=[],
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel's replicas hold no parameters; use torchrun
     trainer = LowRankTrainer(
         model=loss_model, args=arguments, train_dataset=data, optimizers=(optimizer, schedule), callbacks=[]
     )

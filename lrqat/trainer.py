@@ -54,7 +54,7 @@ class LowRankTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: p.detach().cpu() for n, p in self.model.trained().items()}, folder / "adapters.safetensors")
+        save_whole({n: p.detach().cpu() for n, p in self.model.trained().items()}, folder / "adapters.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any | None = None) -> None:
         saved = load_whole(Path(resume_from_checkpoint) / "adapters.safetensors")
@@ -70,7 +70,7 @@ class LowRankTrainer(Trainer):
         tensors["rng"] = torch.random.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.random.get_rng_state()
-        save_file(tensors, Path(output_dir) / "optimizer.safetensors")
+        save_whole(tensors, Path(output_dir) / "optimizer.safetensors")
         schedule = {"groups": optimizer["param_groups"], "scheduler": self.lr_scheduler.state_dict()}
         (Path(output_dir) / "scheduler.json").write_text(json.dumps(schedule))
 
@@ -94,6 +94,14 @@ class LowRankTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Kept with the optimizer."""
+
+
+def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a checkpoint's file, or one line that says why not."""
+    try:
+        save_file(tensors, path)
+    except (SafetensorError, OSError) as error:
+        raise LrqatError(f"{path}: cannot be written ({error}); free some space and --resume") from None
 
 
 def load_whole(path: Path) -> dict[str, Tensor]:
@@ -157,6 +165,8 @@ class Metrics(TrainerCallback):
             return
         if not math.isfinite(logs["loss"]):
             raise LrqatError(f"step {state.global_step}: the loss is {logs['loss']}; lower --lr or --lr-scales")
+        if not math.isfinite(logs.get("grad_norm") or 0.0):
+            raise LrqatError(f"step {state.global_step}: the gradient is not finite; lower --lr or --lr-scales")
         elapsed = time.monotonic() - self.started
         done = state.global_step - self.first_step
         row = {

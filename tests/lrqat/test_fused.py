@@ -343,3 +343,13 @@ def test_a_tied_head_is_stored_once(tiny_model_dir: Path, tmp_path: Path) -> Non
     assert model.lm_head.weight is model.model.embed_tokens.weight
     for name, weight in loaded.tensors.items():
         assert torch.equal(model.get_parameter(name), weight.dequantize())
+
+
+def test_a_directory_that_lrqat_did_not_write_is_never_replaced(saved: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "precious.txt").write_text("x")
+    with pytest.raises(LrqatError, match=r"theirs: exists, and is not an earlier result"):
+        FusedCheckpoint.load(saved).save(theirs)
+    assert (theirs / "precious.txt").read_text() == "x"
+    FusedCheckpoint.load(saved).save(saved)  # an earlier result is

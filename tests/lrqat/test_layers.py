@@ -103,3 +103,17 @@ def test_a_weight_that_does_not_fuse_to_its_forward_is_never_saved(model: Any, t
     with pytest.raises(RuntimeError, match=f"{name}: the fused weight is not the weight of the training forward"):
         checkpoint.save(tmp_path / "fused")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_outside_linear_layers_are_named_not_silently_left(tiny_model_dir: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    with pytest.raises(LrqatError, match=r"mlp\.\S+ \[.*\] is in no linear layer .*--skip"):
+        linear_names(model)
+    assert all("self_attn" in name for name in linear_names(model, ["mlp"]))
