@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -62,7 +63,10 @@ class Base:
     def model(self, dtype: torch.dtype) -> Any:
         """The transformers model, in evaluation mode."""
         from transformers import AutoModelForCausalLM, GgufConfig
+        from transformers.utils import logging
 
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         where, options = self.pretrained()
         if self.is_gguf:
             options["quantization_config"] = GgufConfig(dequantize=True)
