@@ -110,7 +110,7 @@ def main() -> int:
     """Run everything; end in a table and one JSON file."""
     parser = argparse.ArgumentParser(description="lrqat from a Hugging Face model to a served, verified 4-bit model")
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=32)
     args = parser.parse_args()
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
