@@ -8,14 +8,14 @@ tool that knows no integer format. It is as large as the float32 model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lrqat.fused import FusedCheckpoint, Lazy, SafetensorsDirectory, fresh_directory
+from lrqat.fused import FusedCheckpoint, Lazy, SafetensorsDirectory, fresh_directory, read_json
 from lrqat.safestream import Entry, write_model
 
 
@@ -39,7 +39,7 @@ def write(checkpoint: FusedCheckpoint, out_dir: Path) -> Path:
     return Path(out_dir)
 
 
-def read(path: Path) -> Mapping[str, Tensor]:
-    """The tensors, float32, by HF name."""
+def read(path: Path) -> FusedCheckpoint:
+    """The tensors by HF name; none of them is quantized."""
     files = SafetensorsDirectory(Path(path))
-    return Lazy(files.specs, lambda name: files.get(name).float())
+    return FusedCheckpoint({}, Lazy(files.specs, files.get), {}, files.specs, read_json(Path(path) / "config.json"), {})

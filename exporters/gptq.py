@@ -42,14 +42,17 @@ from lrqat import __version__
 from lrqat.errors import LrqatError
 from lrqat.fused import (
     FusedCheckpoint,
+    FusedSpec,
     FusedTensor,
     Lazy,
     SafetensorsDirectory,
     Spec,
     fresh_directory,
+    read_assets,
     read_json,
 )
-from lrqat.grid import Grid, dequantize
+from lrqat.grid import Grid
+from lrqat.grids.affine import AffineGrid
 from lrqat.safestream import Entry, write_model
 
 BITS = (2, 3, 4, 8)
@@ -64,8 +67,8 @@ _BLOCK = re.compile(r"\.\d+\.")  # a parameter inside a numbered decoder block
 def carries(grid: Grid, shape: tuple[int, int], name: str = "weight") -> Refusal | None:
     """Why GPTQ cannot store this grid in this shape exactly, or None."""
     rows, columns = shape
-    if not grid.symmetric:
-        return Refusal(f"{name}: GPTQ export is for symmetric grids", f"use --grid {replace(grid, symmetric=True)}")
+    if not isinstance(grid, AffineGrid) or not grid.symmetric:
+        return Refusal(f"{name}: GPTQ export is for symmetric affine grids, not {grid}", "use --grid w4g32")
     if grid.bits not in BITS:
         return Refusal(f"{name}: GPTQ stores 2, 3, 4 or 8 bits, not {grid.bits}", "use --grid w4g32")
     if grid.group_size != -1 and columns % grid.group_size:
@@ -87,6 +90,7 @@ def vllm_limits(checkpoint: FusedCheckpoint) -> Refusal | None:
     """Why vLLM would not serve this checkpoint from GPTQ on a CPU, or None. Export goes on: other readers may."""
     for name, spec in checkpoint.specs.items():
         grid, columns = spec.grid, spec.shape[1]
+        assert isinstance(grid, AffineGrid)  # asked after `carries`
         if grid.bits == 8:
             return Refusal(f"{name}: vLLM runs 8-bit GPTQ on GPUs only", "serve it there, or use --grid w4g32")
         if grid.bits != 4:
@@ -149,12 +153,12 @@ def _ours(directory: Path) -> bool:
 
 
 def _weight_entries(
-    layer: str, shape: tuple[int, int], grid: Grid, zeros: str, fused: Callable[[], FusedTensor]
+    layer: str, shape: tuple[int, int], grid: AffineGrid, zeros: str, fused: Callable[[], FusedTensor]
 ) -> list[Entry]:
     rows, columns = shape
     group = grid.columns_per_group(columns, layer)
     groups = columns // group
-    stored_zero = (grid.midpoint - (zeros == "v1")) % grid.levels
+    stored_zero = (grid.midpoint - (zeros == "v1")) % grid.codes
 
     def qweight() -> Tensor:
         return pack(fused().codes_OI.T, grid.bits, axis=0)
@@ -163,7 +167,7 @@ def _weight_entries(
         return pack(torch.full((groups, rows), stored_zero, dtype=torch.uint8), grid.bits)
 
     def scales() -> Tensor:
-        return fused().scales_OG.T
+        return fused().parts["scales"].T
 
     def g_idx() -> Tensor:
         return torch.arange(columns, dtype=torch.int32) // group
@@ -176,7 +180,7 @@ def _weight_entries(
     ]
 
 
-def _one_grid(checkpoint: FusedCheckpoint) -> Grid:
+def _one_grid(checkpoint: FusedCheckpoint) -> AffineGrid:
     """The grid of all quantized weights; refuses what GPTQ does not carry."""
     if not checkpoint.specs:
         raise LrqatError("GPTQ export: the checkpoint holds no quantized weight; use the Hugging Face model itself")
@@ -191,10 +195,11 @@ def _one_grid(checkpoint: FusedCheckpoint) -> Grid:
         refusal = carries(spec.grid, spec.shape, name)
         if refusal is not None:
             raise LrqatError(f"GPTQ export: {refusal}")
+    assert isinstance(grid, AffineGrid)  # `carries` has seen to it
     return grid
 
 
-def _quantization_config(checkpoint: FusedCheckpoint, grid: Grid, zeros: str) -> dict[str, Any]:
+def _quantization_config(checkpoint: FusedCheckpoint, grid: AffineGrid, zeros: str) -> dict[str, Any]:
     dense = [n for n, s in checkpoint.dense_specs.items() if n.endswith(".weight") and len(s.shape) == 2]
     dense = [name.removesuffix(".weight") for name in dense if _BLOCK.search(name)]
     return {
@@ -217,7 +222,7 @@ def _served_dtype(checkpoint: FusedCheckpoint) -> str:
     vLLM's GPTQ kernels take float16 and bfloat16 only, and cast scales to it: fp16 scales need float16.
     """
     base = checkpoint.hf_config.get("dtype") or checkpoint.hf_config.get("torch_dtype")
-    portable = all(spec.grid.scale_precision == "portable" for spec in checkpoint.specs.values())
+    portable = all(getattr(spec.grid, "scale_precision", "") == "portable" for spec in checkpoint.specs.values())
     return "bfloat16" if base == "bfloat16" and portable else "float16"
 
 
@@ -230,14 +235,15 @@ def _shards(name: str) -> list[str]:
     return [name]
 
 
-def read(path: Path) -> Mapping[str, Tensor]:
-    """Decode a GPTQ directory to HF names, quantized weights in float32, each when asked for.
+def read(path: Path) -> FusedCheckpoint:
+    """Decode a GPTQ directory to codes and scales, each when asked for.
 
     Shares nothing with the writer but the equation: bits are taken apart by numpy. So it is the oracle of the
     tests, and of what others wrote as long as their g_idx is sequential.
     """
     path = Path(path)
-    config = read_json(path / "config.json").get("quantization_config")
+    hf_config = read_json(path / "config.json")
+    config = hf_config.pop("quantization_config", None)
     if not isinstance(config, dict) or config.get("quant_method") != "gptq":
         raise LrqatError(f"{path}: config.json declares no GPTQ quantization_config; expected an exported directory")
     bits, form = config.get("bits"), config.get("checkpoint_format", "gptq")
@@ -246,25 +252,25 @@ def read(path: Path) -> Mapping[str, Tensor]:
     files = SafetensorsDirectory(path)
     layers = _layers(path, files.specs, bits)
     parts = {f"{layer}.{part}" for layer in layers for part in ("qweight", "qzeros", "scales", "g_idx")}
-    specs = {name: spec for name, spec in files.specs.items() if name not in parts}
-    for layer, (rows, columns, _) in layers.items():
-        specs[f"{layer}.weight"] = Spec(torch.float32, (rows, columns))
+    dense = {name: spec for name, spec in files.specs.items() if name not in parts}
+    specs = {}
+    for layer, (rows, columns, groups) in layers.items():
+        grid = AffineGrid(bits, -1 if groups == 1 else columns // groups, "midpoint", "fp16")
+        specs[f"{layer}.weight"] = FusedSpec(grid, (rows, columns))
 
-    def make(name: str) -> Tensor:
-        layer = name.removesuffix(".weight")
-        if layer not in layers:
-            return files.get(name)
+    def make(name: str) -> FusedTensor:
+        layer, grid = name.removesuffix(".weight"), specs[name].grid
         _, columns, groups = layers[layer]
         sequential = torch.arange(columns, dtype=torch.int32) // (columns // groups)
         if not torch.equal(files.get(f"{layer}.g_idx"), sequential):
             raise LrqatError(f"{path}: {layer}.g_idx is not sequential; export again without activation order")
+        zeros_GO = _bit_by_bit(files.get(f"{layer}.qzeros"), bits).int() + (form == "gptq") & (1 << bits) - 1
+        if (zeros_GO != 1 << (bits - 1)).any():
+            raise LrqatError(f"{path}: {layer}.qzeros are not those of a symmetric grid; lrqat reads no others")
         codes_OI = _bit_by_bit(files.get(f"{layer}.qweight").T, bits)
-        zeros_GO = _bit_by_bit(files.get(f"{layer}.qzeros"), bits)
-        if form == "gptq":
-            zeros_GO = zeros_GO.int() + 1 & (1 << bits) - 1
-        return dequantize(codes_OI, files.get(f"{layer}.scales").T, zeros_GO.T)
+        return FusedTensor(codes_OI, {"scales": files.get(f"{layer}.scales").T.contiguous()}, grid)
 
-    return Lazy(specs, make)
+    return FusedCheckpoint(Lazy(specs, make), Lazy(dense, files.get), specs, dense, hf_config, read_assets(path))
 
 
 def _layers(path: Path, specs: Mapping[str, Spec], bits: int) -> dict[str, tuple[int, int, int]]:

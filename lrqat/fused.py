@@ -5,7 +5,7 @@ A directory:
     model.safetensors      or shards with the usual index; per quantized weight NAME (its HF parameter name)
                              NAME.codes   uint8    [O, I]  unsigned, unpacked
                              NAME.scales  float16  [O, G]  exactly as the wire stores them
-                             NAME.zeros   uint8    [O, G]  asymmetric grids only
+                             NAME.zeros, NAME.sub_scales ...  whatever else the grid stores: `Grid.parts`
                            and every other parameter under its HF name, in its own dtype
     fused.json             {"format": "lrqat-fused", "version": 1,
                             "weights": {NAME: {"grid", "shape", "sha256"}}, "provenance": {...}}
@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lrqat.errors import LrqatError
-from lrqat.grid import Grid, dequantize
+from lrqat.grid import Grid, Part, dequantize
 from lrqat.safestream import DTYPE_NAMES, Entry, tensor_bytes, write_model
 
 VERSION = 1
@@ -61,49 +61,57 @@ class FusedTensor:
     """One quantized weight.
 
     Attributes:
-        codes_OI: uint8 [O, I], unsigned codes in [0, 2^bits - 1].
-        scales_OG: float16 [O, G], the wire's own values.
-        zeros_OG: uint8 [O, G], or None for a symmetric grid (z = 2^(bits-1)).
+        codes_OI: uint8 [O, I], unsigned codes of the grid.
+        parts: scales, zeros and whatever else the grid stores (`Grid.parts`), in the wire's own dtypes.
         grid: the grid these codes lie on.
     """
 
     codes_OI: Tensor
-    scales_OG: Tensor
-    zeros_OG: Tensor | None
+    parts: Mapping[str, Tensor]
     grid: Grid
 
-    def dequantize(self) -> Tensor:
-        """s * (q - z), float32 [O, I], exact."""
-        return dequantize(self.codes_OI, self.scales_OG, self.zeros())
+    @classmethod
+    def make(cls, codes_OI: Tensor, parts: Mapping[str, Tensor], grid: Grid) -> FusedTensor:
+        """From parts in any float dtype that holds the wire's values."""
+        wire = grid.parts(*codes_OI.shape)
+        return cls(
+            codes_OI.cpu(), {name: parts[name].detach().cpu().to(part.dtype) for name, part in wire.items()}, grid
+        )
 
-    def zeros(self) -> Tensor | int:
-        """The zeros, or the one zero of a symmetric grid."""
-        return self.grid.midpoint if self.zeros_OG is None else self.zeros_OG
+    def dequantize(self) -> Tensor:
+        """s * level + m, float32 [O, I], exact."""
+        return dequantize(self.grid.decode(self.codes_OI), self.grid.affine(self.parts))
+
+    def rows(self, rows: slice) -> FusedTensor:
+        """Some rows of it."""
+        return FusedTensor(self.codes_OI[rows], {name: part[rows] for name, part in self.parts.items()}, self.grid)
 
     def sha256(self) -> str:
-        """Hash over the bytes of codes, scales and zeros, in this order."""
-        digest = hashlib.sha256()
-        for tensor in (self.codes_OI, self.scales_OG, self.zeros_OG):
-            if tensor is not None:
-                digest.update(tensor_bytes(tensor))
+        """Hash over the bytes of codes and parts, in the grid's order."""
+        digest = hashlib.sha256(tensor_bytes(self.codes_OI))
+        for name in self.grid.parts(*self.codes_OI.shape):
+            digest.update(tensor_bytes(self.parts[name]))
         return digest.hexdigest()
 
     def check(self, name: str) -> None:
         """Refuse shapes, dtypes and codes that the grid does not have."""
-        if (self.zeros_OG is None) != self.grid.symmetric:
-            raise LrqatError(f"{name}: grid {self.grid} and the presence of zeros contradict each other")
         rows, columns = self.codes_OI.shape
-        for part, dtype, shape in FusedSpec(self.grid, (rows, columns)).parts(name):
-            tensor: Tensor = getattr(self, part)
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        wire = self.grid.parts(rows, columns, name)
+        if self.parts.keys() != wire.keys():
+            raise LrqatError(f"{name}: grid {self.grid} has {', '.join(wire)}, got {', '.join(self.parts)}")
+        wire = {"codes": Part(torch.uint8, (rows, columns), 0, self.grid.codes - 1), **wire}
+        for key, part in wire.items():
+            tensor = self.codes_OI if key == "codes" else self.parts[key]
+            if tensor.dtype != part.dtype or tuple(tensor.shape) != part.shape:
                 raise LrqatError(
-                    f"{_key(name, part)}: expected {dtype} {list(shape)} for grid {self.grid}, "
+                    f"{name}.{key}: expected {part.dtype} {list(part.shape)} for grid {self.grid}, "
                     f"got {tensor.dtype} {list(tensor.shape)}"
                 )
-            if dtype == torch.uint8 and self.grid.bits < 8 and tensor.max() >= self.grid.levels:
-                raise LrqatError(f"{_key(name, part)}: {int(tensor.max())} is no code of grid {self.grid}")
-        if not torch.isfinite(self.scales_OG).all():
-            raise LrqatError(f"{name}.scales: not finite")
+            if part.low is None or part.high is None:
+                if not torch.isfinite(tensor).all():
+                    raise LrqatError(f"{name}.{key}: not finite")
+            elif (most := int(tensor.max())) > part.high or (most := int(tensor.min())) < part.low:
+                raise LrqatError(f"{name}.{key}: {most} is no value of grid {self.grid}")
 
 
 @dataclass(frozen=True)
@@ -121,12 +129,10 @@ class FusedSpec:
     grid: Grid
     shape: tuple[int, int]
 
-    def parts(self, name: str) -> list[tuple[str, torch.dtype, tuple[int, int]]]:
-        """What the weight is made of: (field of FusedTensor, dtype, shape)."""
-        rows, columns = self.shape
-        groups = (rows, columns // self.grid.columns_per_group(columns, name))
-        symmetric = [("codes_OI", torch.uint8, self.shape), ("scales_OG", torch.float16, groups)]
-        return symmetric if self.grid.symmetric else [*symmetric, ("zeros_OG", torch.uint8, groups)]
+    def parts(self, name: str) -> dict[str, Spec]:
+        """What the weight is made of on disk: codes first."""
+        wire = self.grid.parts(*self.shape, name)
+        return {"codes": Spec(torch.uint8, self.shape), **{k: Spec(part.dtype, part.shape) for k, part in wire.items()}}
 
 
 V = TypeVar("V")
@@ -197,8 +203,8 @@ class FusedCheckpoint:
 
         entries: list[Entry] = []
         for name, spec in self.specs.items():
-            for part, dtype, shape in spec.parts(name):
-                entries.append(Entry(_key(name, part), dtype, shape, partial(_field, fused, name, part)))
+            for part, of in spec.parts(name).items():
+                entries.append(Entry(f"{name}.{part}", of.dtype, of.shape, partial(_part, fused, name, part)))
         for name, dense in self.dense_specs.items():
             entries.append(Entry(name, dense.dtype, dense.shape, partial(self.dense.__getitem__, name)))
         with fresh_directory(directory, lambda path: (path / "fused.json").is_file()) as fresh:
@@ -247,23 +253,19 @@ class FusedCheckpoint:
                 raise ValueError(f"shape of {strange[0]}")
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise LrqatError(f"{index_path}: damaged ({type(error).__name__}: {error}); copy it again") from None
-        parts = {_key(name, part) for name, spec in specs.items() for part, _, _ in spec.parts(name)}
+        parts = {f"{name}.{part}" for name, spec in specs.items() for part in spec.parts(name)}
         missing = parts - files.specs.keys()
         if missing:
             raise LrqatError(f"{directory}: tensor {min(missing)} is in fused.json but in no safetensors file")
         dense_specs = {name: spec for name, spec in files.specs.items() if name not in parts}
-        stray = [n for n in dense_specs if n.rsplit(".", 1)[-1] in ("codes", "scales", "zeros")]
+        stray = [n for n in dense_specs if n.endswith(".codes")]
         if stray:
             raise LrqatError(f"{directory}: tensor {stray[0]} belongs to no weight of fused.json")
 
         def fused(name: str) -> FusedTensor:
-            grid = specs[name].grid
-            found = FusedTensor(
-                files.get(f"{name}.codes"),
-                files.get(f"{name}.scales"),
-                None if grid.symmetric else files.get(f"{name}.zeros"),
-                grid,
-            )
+            spec = specs[name]
+            wire = {part: files.get(f"{name}.{part}") for part in spec.parts(name)}
+            found = FusedTensor(wire.pop("codes"), wire, spec.grid)
             found.check(name)
             if tuple(found.codes_OI.shape) != specs[name].shape or found.sha256() != hashes[name]:
                 raise LrqatError(f"{directory}: {name} does not match its SHA-256 in fused.json; the file was changed")
@@ -280,13 +282,9 @@ class FusedCheckpoint:
         )
 
 
-def _field(fused: Callable[[str], FusedTensor], name: str, part: str) -> Tensor:
-    found: Tensor = getattr(fused(name), part)
-    return found
-
-
-def _key(name: str, part: str) -> str:
-    return f"{name}.{part.removesuffix('_OI').removesuffix('_OG')}"
+def _part(fused: Callable[[str], FusedTensor], name: str, part: str) -> Tensor:
+    found = fused(name)
+    return found.codes_OI if part == "codes" else found.parts[part]
 
 
 class SafetensorsDirectory:

@@ -82,10 +82,10 @@ class GgufFile:
             raise self._damaged(f"{name} reaches {beyond} bytes past its end")
         return nbytes
 
-    def read(self, name: str, nbytes: int) -> bytearray:
-        """The first `nbytes` of a tensor."""
-        start = self.tensors[name].offset
-        return bytearray(memoryview(self._bytes)[start : start + self.check(name, nbytes)])
+    def read(self, name: str, nbytes: int, start: int = 0) -> bytearray:
+        """`nbytes` of a tensor, from byte `start` of it on."""
+        end = self.tensors[name].offset + self.check(name, start + nbytes)
+        return bytearray(memoryview(self._bytes)[end - nbytes : end])
 
     def field(self, key: str, kind: type) -> Any:
         """A metadata value of the type that is expected."""

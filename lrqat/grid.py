@@ -2,131 +2,165 @@
 
 One equation, everywhere in this project:
 
-    w = s * (q - z),    q unsigned in [0, 2^b - 1],  one (s, z) per row and group of columns
+    w = s * level(q) + m        q a code; one scale s and offset m per row and group of columns
 
-A symmetric grid fixes z = 2^(b-1). Scales `s` may be negative (that puts the one spare negative code on
-the side that needs it, as llama.cpp's Q4_0 does) and always have the exact value that the wire stores:
+    affine grids   level(q) = q - 2^(b-1), m = 0         symmetric: `w4g32`
+                   level(q) = q,           m = -s * z    integer zero z: `w4g32-asym`
+                   level(q) = q,           m free        minimum as ggml's Q4_1 stores it: `w4g32-min`
+    K-quants       s = d * sc, m = -dmin * mn            small integers sc, mn under a super-block's fp16 d, dmin
+    codebooks      level(q) = table[q], m = 0            IQ4_NL, MXFP4, ternary
 
-    portable   8 significant bits, 2^-14 <= |s| <= 65280: exact in fp16 *and* in bf16, so that a runtime
-               may serve in either dtype without touching a scale
-    fp16       11 significant bits, 2^-14 <= |s| <= 65504
-
-Refuses: bits outside 2..8, group sizes that do not divide the columns.
+What s and m are made of are the grid's *parts*, per weight [O, ...], in the values that the wire stores. In
+training they are float32 and learn by gains, passed through wire precision straight-through; fused, they are in
+the wire's dtypes. `Grid.affine` makes s and m of them in the order of operations that runtimes use; every product
+is exact in float32, so s * level + m rounds once, whoever computes it.
 """
 
 from __future__ import annotations
 
-import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lrqat.errors import LrqatError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-MIN_SCALE = 2.0**-14  # smallest normal fp16; below it fp16 loses significant bits
-MAX_SCALE = {"portable": 65280.0, "fp16": 65504.0}  # largest bf16 value below fp16's maximum; fp16's maximum
+Parts = Mapping[str, "Tensor"]
 
-_SPELLING = re.compile(r"w([2-8])(?:g(\d+))?(-asym)?(-fp16)?")
+
+class Affine(NamedTuple):
+    """What turns levels into weights: float32 scale [O, G] and offset [O, G], or None where it is zero."""
+
+    scale_OG: Tensor
+    offset_OG: Tensor | None
+
+    def rows(self, rows: slice) -> Affine:
+        """The same for some rows."""
+        return Affine(self.scale_OG[rows], None if self.offset_OG is None else self.offset_OG[rows])
 
 
 @dataclass(frozen=True)
-class Grid:
-    """An affine grid.
+class Part:
+    """How the wire stores one part: its dtype, its shape, and the least and greatest integer."""
+
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    low: int | None = None
+    high: int | None = None
+
+
+class Grid(ABC):
+    """Base of all grids; a value: equal when spelled alike.
 
     Attributes:
-        bits: width of a code, 2 to 8.
-        group_size: columns that share a scale; -1 means the whole row ("per channel").
-        symmetric: z is fixed at 2^(bits-1); otherwise every group has an integer zero of its own.
-        scale_precision: "portable" (exact in fp16 and bf16) or "fp16".
+        bits: width of a stored code.
     """
 
     bits: int
-    group_size: int = -1
-    symmetric: bool = True
-    scale_precision: str = "portable"
 
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise LrqatError(f"grid: bits must lie in 2..8, got {self.bits}")
-        if self.group_size != -1 and self.group_size < 1:
-            raise LrqatError(f"grid: group_size must be -1 (per channel) or positive, got {self.group_size}")
-        if self.scale_precision not in MAX_SCALE:
-            raise LrqatError(
-                f"grid: scale_precision must be one of {', '.join(MAX_SCALE)}, got {self.scale_precision!r}"
-            )
+    @staticmethod
+    def parse(text: str) -> Grid:
+        """Read `w4g32`, `w3g64-asym`, `w4g32-min`, `w2` (per channel), or a ggml type: `q4_k`, `iq4_nl`, `q4_0`."""
+        from lrqat.grids import affine, codebook, kquant
 
-    @classmethod
-    def parse(cls, text: str) -> Grid:
-        """Read `w4g32`, `w3g64-asym`, `w2` (per channel), `w4g32-fp16`."""
-        match = _SPELLING.fullmatch(text)
-        if match is None or match[2] == "0":
-            raise LrqatError(
-                f"grid {text!r}: expected w<bits 2-8>[g<group size>][-asym][-fp16], for example w4g32 or w3"
-            )
-        bits, group, asym, fp16 = match.groups()
-        return cls(int(bits), int(group or -1), asym is None, "fp16" if fp16 else "portable")
-
-    def __str__(self) -> str:
-        group = "" if self.group_size == -1 else f"g{self.group_size}"
-        asym = "" if self.symmetric else "-asym"
-        return f"w{self.bits}{group}{asym}{'-fp16' if self.scale_precision == 'fp16' else ''}"
+        for kind in (affine.AffineGrid, kquant.KGrid, codebook.CodebookGrid):
+            if found := kind.spelled(text):
+                return found
+        lattices = ", ".join([*kquant.LAYOUTS, *codebook.CODEBOOKS])
+        raise LrqatError(
+            f"grid {text!r}: expected w<bits 2-8>[g<group size>][-asym|-min][-fp16], for example w4g32 or w3, "
+            f"or one of {lattices}"
+        )
 
     @property
-    def levels(self) -> int:
-        """Number of codes, 2^bits."""
-        return 1 << self.bits
+    @abstractmethod
+    def codes(self) -> int:
+        """Number of codes, at most 2^bits."""
 
     @property
-    def midpoint(self) -> int:
-        """The zero of a symmetric grid, 2^(bits-1)."""
-        return 1 << (self.bits - 1)
+    @abstractmethod
+    def ends(self) -> tuple[float, float]:
+        """The least and the greatest level."""
 
-    def columns_per_group(self, in_features: int, name: str = "weight") -> int:
-        """Group size in columns for a matrix with `in_features` columns; refuses what does not divide."""
-        if self.group_size == -1:
-            return in_features
-        if in_features % self.group_size:
-            fitting = [g for g in (128, 64, 32, 16) if in_features % g == 0]
-            remedy = " or ".join(f"{Grid(self.bits, g, self.symmetric, self.scale_precision)}" for g in fitting[:2])
-            channel = Grid(self.bits, -1, self.symmetric, self.scale_precision)
-            raise LrqatError(
-                f"{name}: group_size {self.group_size} does not divide in_features {in_features}; "
-                f"use --grid {remedy + ' or ' if remedy else ''}{channel} (per channel)"
-            )
-        return self.group_size
+    @property
+    @abstractmethod
+    def bounds(self) -> tuple[float, float]:
+        """Latents outside of them are clipped: half a step beyond the ends."""
 
-    def to_wire(self, scales: Tensor) -> Tensor:
-        """Nearest scales that the wire can store, float32 in and out; sign kept, magnitude clamped."""
-        import torch
+    @property
+    @abstractmethod
+    def fixed_point(self) -> tuple[float, float]:
+        """(center, one): int8 holds a latent x as round((x - center) * one)."""
 
-        narrow = torch.bfloat16 if self.scale_precision == "portable" else torch.float16
-        magnitude = scales.abs().clamp(MIN_SCALE, MAX_SCALE[self.scale_precision]).to(narrow).to(torch.float32)
-        return torch.where(scales < 0, -magnitude, magnitude)
+    @abstractmethod
+    def columns_per_group(self, columns: int, name: str = "weight") -> int:
+        """Columns that share (s, m) in a row of `columns`; refuses what does not divide."""
+
+    @abstractmethod
+    def parts(self, rows: int, columns: int, name: str = "weight") -> dict[str, Part]:
+        """What s and m of a weight [rows, columns] are stored as."""
+
+    @abstractmethod
+    def affine(self, parts: Parts) -> Affine:
+        """s and m, exact; differentiable."""
+
+    @abstractmethod
+    def fit(self, weight_KI: Tensor, p: float | None) -> dict[str, Tensor]:
+        """Parts with little sum |error|^p (None: min-max), float32, in wire values.
+
+        Args:
+            weight_KI: float32 rows; each row, and each group, is fitted alone.
+            p: exponent of the search.
+        """
+
+    @abstractmethod
+    def learn(self, start: Parts, gains: Parts) -> dict[str, Tensor]:
+        """The parts after training: start * gain in wire values, straight-through; gains are shaped as their parts."""
+
+    @abstractmethod
+    def nearest(self, x: Tensor) -> Tensor:
+        """The nearest levels, float32; may overwrite x. Nothing else in lrqat rounds a weight."""
+
+    @abstractmethod
+    def encode(self, levels: Tensor) -> Tensor:
+        """Levels -> uint8 codes."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Integer codes -> float32 levels."""
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Parts that training may scale."""
+        return ("scales",)
+
+    def bits_per_weight(self, rows: int, columns: int) -> float:
+        """Stored bits, codes and parts, a weight."""
+        stored = sum(
+            8 * part.dtype.itemsize * part.shape[0] * part.shape[1] for part in self.parts(rows, columns).values()
+        )
+        return self.bits + stored / (rows * columns)
 
 
-def expand_groups(per_group: Tensor, columns: int) -> Tensor:
-    """[O, G] -> [O, columns], every entry repeated for its group's columns."""
-    rows, groups = per_group.shape
-    return per_group[:, :, None].expand(rows, groups, columns // groups).reshape(rows, columns)
+def dequantize(levels_OI: Tensor, affine: Affine) -> Tensor:
+    """w = s * level + m, float32 [O, I]; the only place where levels become weights."""
+    rows, columns = levels_OI.shape
+    groups = affine.scale_OG.shape[1]
+    weight = levels_OI.view(rows, groups, columns // groups) * affine.scale_OG[:, :, None]
+    if affine.offset_OG is not None:
+        weight += affine.offset_OG[:, :, None]
+    return weight.view(rows, columns)
 
 
-def dequantize(codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | int) -> Tensor:
-    """w = s * (q - z), float32 [O, I]; the only place where codes become weights.
-
-    Exact: |q - z| < 2^8 and 11 significant bits of s need at most 19 of float32's 24.
-
-    Args:
-        codes_OI: integers in any dtype, [O, I].
-        scales_OG: wire scales, [O, G].
-        zeros_OG: integers [O, G], or one number for a symmetric grid.
-    """
-    rows, columns = codes_OI.shape
-    groups = scales_OG.shape[1]
-    offset = codes_OI.float().view(rows, groups, columns // groups)
-    if not isinstance(zeros_OG, int):
-        offset = offset - zeros_OG.float()[:, :, None]
-    elif zeros_OG:
-        offset = offset - zeros_OG
-    return (offset * scales_OG.float()[:, :, None]).view(rows, columns)
+def to_latent(weight_OI: Tensor, affine: Affine) -> Tensor:
+    """x = (w - m) / s, float32 [O, I]: the weight in units of levels, before rounding."""
+    rows, columns = weight_OI.shape
+    groups = affine.scale_OG.shape[1]
+    latent = weight_OI.float().reshape(rows, groups, columns // groups)
+    if affine.offset_OG is not None:
+        latent = latent - affine.offset_OG[:, :, None]
+    return (latent / affine.scale_OG[:, :, None]).view(rows, columns)

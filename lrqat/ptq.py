@@ -11,20 +11,20 @@ from torch import Tensor
 import lrqat
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
-from lrqat.grid import Grid, expand_groups
+from lrqat.grid import Grid, to_latent
 from lrqat.layers import dense_tensors, effective_config, linear_names
 from lrqat.models import Base
-from lrqat.ranges import initial_scales, row_tiles
+from lrqat.ranges import row_tiles, start
 
 
 def rtn(weight_OI: Tensor, grid: Grid, p: float | None, name: str = "weight") -> FusedTensor:
-    """Round to nearest: codes = clip(round(W / s) + z), s by min-max (p None) or L^p search."""
-    scales_OG = initial_scales(weight_OI, grid, p, name)
+    """Round to nearest with the parts that `lrqat.ranges.start` finds (min-max when p is None)."""
+    parts = start(weight_OI, grid, p, name)
+    affine = grid.affine(parts)
     tiles = []
     for rows in row_tiles(*weight_OI.shape):
-        x_KI = weight_OI[rows].float() / expand_groups(scales_OG[rows], weight_OI.shape[1])
-        tiles.append(x_KI.round_().add_(grid.midpoint).clamp_(0, grid.levels - 1).to(torch.uint8))
-    return FusedTensor(torch.cat(tiles), scales_OG.to(torch.float16), None, grid)
+        tiles.append(grid.encode(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))))
+    return FusedTensor.make(torch.cat(tiles), parts, grid)
 
 
 def quantize(base: Base, grid: Grid, p: float | None, skip: tuple[str, ...], dtype: torch.dtype, out: Path) -> Path:

@@ -46,9 +46,7 @@ class TrainSettings:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        if not Grid.parse(self.grid).symmetric:
-            symmetric = self.grid.replace("-asym", "")
-            raise LrqatError(f"grid {self.grid}: asymmetric grids are not trained yet; use --grid {symmetric}")
+        Grid.parse(self.grid)
         choices = {"loss": LOSSES, "dtype": TRAIN_DTYPES, "method": METHODS, "downcast": DOWNCASTS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -28,7 +28,7 @@ from lrqat.layers import fuse_model, linear_names, quantizers, swap_linears
 from lrqat.losses import body_and_head
 from lrqat.methods.lr_qat import LRQAT
 from lrqat.models import Base, locate
-from lrqat.ranges import initial_scales
+from lrqat.ranges import start
 from lrqat.safestream import tensor_bytes
 from lrqat.settings import TrainSettings
 from lrqat.teacher import Blocks, cache_teacher
@@ -145,7 +145,7 @@ def swap_for_training(model: Any, grid: Grid, settings: TrainSettings) -> None:
     def make(name: str, weight_OI: Tensor) -> LRQAT:
         return LRQAT(
             weight_OI,
-            initial_scales(weight_OI, grid, settings.range_p, name),
+            start(weight_OI, grid, settings.range_p, name),
             grid,
             rank=settings.rank,
             alpha=settings.rank if settings.alpha is None else settings.alpha,
@@ -167,8 +167,8 @@ def make_trainer(model: Any, data: Blocks, settings: TrainSettings, out: Path) -
     loss_model = LossModel(model)
     trained = loss_model.trained()
     groups = [
-        {"params": [p for n, p in trained.items() if not n.endswith("gain_OG")], "lr": settings.lr},
-        {"params": [p for n, p in trained.items() if n.endswith("gain_OG")], "lr": settings.lr_scales},
+        {"params": [p for n, p in trained.items() if ".gains." not in n], "lr": settings.lr},
+        {"params": [p for n, p in trained.items() if ".gains." in n], "lr": settings.lr_scales},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, int(settings.warmup * settings.steps), settings.steps)
@@ -205,8 +205,9 @@ def moved_codes(model: Any) -> float:
     moved = total = 0
     for quantizer in quantizers(model).values():
         assert isinstance(quantizer, LRQAT)
+        grid, affine = quantizer.grid, quantizer.affine()
         for rows in quantizer.tiles():
-            moved += int((quantizer.round(quantizer.latent(rows)) != quantizer.round(quantizer.frozen(rows))).sum())
+            moved += int((quantizer.levels(rows, affine) != grid.nearest(quantizer.frozen(rows))).sum())
         total += quantizer.shape[0] * quantizer.shape[1]
     return moved / total
 

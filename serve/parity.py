@@ -33,8 +33,10 @@ from lrqat.console import log
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedTensor, Lazy
-from lrqat.grid import expand_groups
+from lrqat.grid import Affine, to_latent
+from lrqat.grids.affine import AffineGrid
 from lrqat.models import fake_quant_model, fused_tokenizer
+from lrqat.ptq import rtn
 from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, Comparison, Limits, within
 
 CERTIFICATE_VERSION = 1
@@ -51,7 +53,7 @@ class Runtime:
 
     name: str
     limits: Limits
-    read: Callable[[Path], Mapping[str, Tensor]]
+    read: Callable[[Path], FusedCheckpoint]
     write: Callable[[FusedCheckpoint, Path], Path]
     write_exact: Callable[[FusedCheckpoint, Path], Path]
     logits: Callable[[Path, list[list[int]], Path, bool], tuple[str, list[np.ndarray]]]
@@ -127,12 +129,13 @@ def requantized(checkpoint: FusedCheckpoint) -> FusedCheckpoint:
     """
 
     def make(name: str) -> FusedTensor:
-        weight_OI = checkpoint.tensors[name].dequantize()
-        grid = checkpoint.specs[name].grid
-        groups_NK = weight_OI.view(-1, grid.columns_per_group(weight_OI.shape[1], name))
-        scales_OG = grid.to_wire(groups_NK.abs().amax(1) / ((grid.levels - 1) / 2)).view(weight_OI.shape[0], -1)
-        codes_OI = (weight_OI / expand_groups(scales_OG, weight_OI.shape[1])).round_().add_(grid.midpoint)
-        return FusedTensor(codes_OI.clamp_(0, grid.levels - 1).to(torch.uint8), scales_OG.half(), None, grid)
+        weight_OI, grid = checkpoint.tensors[name].dequantize(), checkpoint.specs[name].grid
+        if not isinstance(grid, AffineGrid) or not grid.symmetric:
+            return rtn(weight_OI, grid, None, name)
+        groups_OGC = weight_OI.unflatten(1, (-1, grid.columns_per_group(weight_OI.shape[1], name)))
+        scales_OG = grid.wire(groups_OGC.abs().amax(2) / ((grid.codes - 1) / 2))
+        levels_OI = grid.nearest(to_latent(weight_OI, Affine(scales_OG, None)))
+        return FusedTensor.make(grid.encode(levels_OI), {"scales": scales_OG}, grid)
 
     return replace(checkpoint, tensors=Lazy(checkpoint.specs, make))
 

@@ -1,8 +1,11 @@
 """The seam of every method: a WeightQuantizer turns trained parameters into codes, in one place.
 
-    latent   x_OI        real numbers in units of codes, whatever the method makes them of
-    codes    q = clip(round(x) + z, 0, 2^b - 1)                      the only rounding site
-    weight   w = s * (q - z)                                         lrqat.grid.dequantize
+    latent   x_OI      real numbers in units of levels, whatever the method makes them of
+    level    l = nearest level of the grid to x                 Grid.nearest: the only rounding site
+    weight   w = s * l + m                                      lrqat.grid.dequantize
+
+s and m are made of the grid's parts (`WeightQuantizer.parts`), which are small: autograd differentiates them.
+The rest is large and differentiated by hand.
 
 All work goes row tile by row tile, so temporaries stay in cache and no second O x I tensor exists.
 `QuantizedLinear` recomputes W in backward and hands the method dL/dW tile by tile: between forward and
@@ -18,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrqat.fused import FusedTensor
-from lrqat.grid import Grid, dequantize
+from lrqat.grid import Affine, Grid, dequantize
 from lrqat.ranges import row_tiles
 
 
 class WeightQuantizer(nn.Module):
-    """Base of every method. Subclasses define `latent`, `scales` and `backward_rows`.
+    """Base of every method. Subclasses define `latent`, `parts`, `large` and `backward_rows`.
 
     Attributes:
         grid: the grid of the codes.
@@ -35,63 +38,88 @@ class WeightQuantizer(nn.Module):
         self.grid = grid
         self.shape = shape
 
-    def latent(self, rows: slice) -> Tensor:
-        """Float32 [rows, I]: the weight in units of codes, before rounding."""
+    def latent(self, rows: slice, affine: Affine) -> Tensor:
+        """Float32 [rows, I]: the weight in units of levels, before rounding; `affine` is of these rows."""
         raise NotImplementedError
 
-    def scales(self, rows: slice) -> Tensor:
-        """Float32 [rows, G]: scales with the exact values of the wire."""
+    def parts(self) -> dict[str, Tensor]:
+        """The grid's parts, float32 with the exact values of the wire; differentiable."""
         raise NotImplementedError
 
-    def backward_rows(
-        self, grad_KI: Tensor, latent_KI: Tensor, codes_KI: Tensor, rows: slice, grads: dict[str, Tensor]
-    ) -> None:
-        """Add what one row tile of dL/dW gives to `grads`, by parameter name.
+    def large(self) -> dict[str, nn.Parameter]:
+        """Parameters that `latent` reads, by name: `backward_rows` differentiates them."""
+        raise NotImplementedError
 
-        Args:
-            grad_KI: dL/dW of the tile, float32; may be overwritten.
-            latent_KI: the tile's latent weights.
-            codes_KI: the tile's signed codes, `round(latent_KI)`.
-            rows: which rows of the weight these are.
-            grads: gradients of `trained()`, same names and shapes, to be added to.
+    def backward_rows(self, tile: Tile, grads: dict[str, Tensor]) -> None:
+        """Add what one row tile of dL/dW gives to `grads`: those of `large()` by name, and of "scale" and "offset".
+
+        dL/ds = sum dL/dW * level and dL/dm = sum dL/dW of each group are in "scale" and "offset" already.
         """
         raise NotImplementedError
 
-    def trained(self) -> dict[str, Tensor]:
-        """Parameters that require a gradient, by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def round(self, latent_KI: Tensor) -> Tensor:
-        """clip(round(x)), float32, signed: q - z. Nothing else in lrqat rounds a weight in training."""
-        low = -self.grid.midpoint
-        return latent_KI.round().clamp_(low, low + self.grid.levels - 1)
-
-    def codes(self, rows: slice) -> Tensor:
-        """uint8 [rows, I], unsigned."""
-        return (self.round(self.latent(rows)) + self.grid.midpoint).to(torch.uint8)
+    def affine(self) -> Affine:
+        """s and m of the forward pass; differentiable."""
+        return self.grid.affine(self.parts())
 
     def tiles(self) -> list[slice]:
         """Row slices that keep one tile's temporaries in cache."""
         return row_tiles(*self.shape)
 
     @torch.no_grad()
-    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def levels(self, rows: slice, affine: Affine) -> Tensor:
+        """Float32 [rows, I]; `affine` is of the whole weight."""
+        return self.grid.nearest(self.latent(rows, affine.rows(rows)))
+
+    @torch.no_grad()
+    def weight(self, dtype: torch.dtype = torch.float32, affine: Affine | None = None) -> Tensor:
         """The weight of the forward pass, [O, I], built tile by tile."""
-        weight_OI = torch.empty(self.shape, dtype=dtype, device=self.scales(slice(0, 1)).device)
+        affine = affine or self.affine()
+        weight_OI = torch.empty(self.shape, dtype=dtype, device=affine.scale_OG.device)
         for rows in self.tiles():
-            weight_OI[rows] = dequantize(self.round(self.latent(rows)), self.scales(rows), 0)
+            weight_OI[rows] = dequantize(self.levels(rows, affine), affine.rows(rows))
         return weight_OI
 
     @torch.no_grad()
     def fuse(self) -> FusedTensor:
-        """Codes and wire scales, on the CPU."""
-        codes_OI = torch.cat([self.codes(rows) for rows in self.tiles()])
-        scales_OG = self.scales(slice(None)).to(torch.float16)
-        return FusedTensor(codes_OI.cpu(), scales_OG.cpu(), None, self.grid)
+        """Codes and parts, on the CPU."""
+        parts = self.parts()
+        affine = self.grid.affine(parts)
+        codes_OI = torch.cat([self.grid.encode(self.levels(rows, affine)) for rows in self.tiles()])
+        return FusedTensor.make(codes_OI, parts, self.grid)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias, with gradients for x, bias and this method's parameters."""
-        return QuantizedLinear.apply(x, bias, self, *self.trained().values())
+        affine = self.affine()
+        large = [p for p in self.large().values() if p.requires_grad]
+        return QuantizedLinear.apply(x, bias, self, affine.scale_OG, affine.offset_OG, *large)
+
+
+class Tile:
+    """One row tile in backward.
+
+    Attributes:
+        rows: which rows of the weight these are.
+        affine: s and m of these rows.
+        grad_KI: dL/dW, float32; may be overwritten.
+        latent_KI: the latent weights.
+        levels_KI: their levels.
+    """
+
+    def __init__(self, rows: slice, affine: Affine, grad_KI: Tensor, latent_KI: Tensor, levels_KI: Tensor) -> None:
+        self.rows = rows
+        self.affine = affine
+        self.grad_KI = grad_KI
+        self.latent_KI = latent_KI
+        self.levels_KI = levels_KI
+
+    def groups(self, values_KI: Tensor) -> Tensor:
+        """[K, I] -> [K, G, columns of a group]."""
+        return values_KI.view(len(values_KI), self.affine.scale_OG.shape[1], -1)
+
+    def inside(self, grid: Grid) -> Tensor:
+        """dL/dW where the latent is not clipped, else 0: the derivative of the clip. Overwrites nothing."""
+        masked: Tensor = torch.ops.aten.hardtanh_backward(self.grad_KI, self.latent_KI, *grid.bounds)
+        return masked
 
 
 class QuantizedLinear(torch.autograd.Function):
@@ -101,29 +129,50 @@ class QuantizedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, quantizer: WeightQuantizer, *parameters: Tensor) -> Tensor:
-        """[..., I] -> [..., O]; keeps x alone."""
-        ctx.save_for_backward(x)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        quantizer: WeightQuantizer,
+        scale_OG: Tensor,
+        offset_OG: Tensor | None,
+        *large: Tensor,
+    ) -> Tensor:
+        """[..., I] -> [..., O]; keeps x and the small s and m."""
+        ctx.save_for_backward(x, scale_OG, offset_OG)
         ctx.quantizer = quantizer
         ctx.has_bias = bias is not None
-        return F.linear(x, quantizer.weight(x.dtype), bias)
+        return F.linear(x, quantizer.weight(x.dtype, Affine(scale_OG, offset_OG)), bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and bias; those of the parameters come from `backward_rows`."""
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, bias, s and m; those of the large parameters come from `backward_rows`."""
+        x, scale_OG, offset_OG = ctx.saved_tensors
         quantizer: WeightQuantizer = ctx.quantizer
-        grad_TO = grads[0].reshape(-1, quantizer.shape[0])
+        affine = Affine(scale_OG, offset_OG)
+        grad_TO = output_grads[0].reshape(-1, quantizer.shape[0])
         x_TI = x.reshape(-1, quantizer.shape[1])
         weight_OI = torch.empty(quantizer.shape, dtype=x.dtype, device=x.device)
-        parameter_grads = {name: torch.zeros_like(p) for name, p in quantizer.trained().items()}
+        large = {name: p for name, p in quantizer.large().items() if p.requires_grad}
+        grads = {name: torch.zeros_like(p) for name, p in large.items()}
+        if ctx.needs_input_grad[3]:
+            grads["scale"] = torch.zeros_like(scale_OG)
+        if ctx.needs_input_grad[4]:
+            grads["offset"] = torch.zeros_like(offset_OG)
         for rows in quantizer.tiles():
-            latent_KI = quantizer.latent(rows)
-            codes_KI = quantizer.round(latent_KI)
-            weight_OI[rows] = dequantize(codes_KI, quantizer.scales(rows), 0)
-            if parameter_grads:
-                grad_KI = (grad_TO[:, rows].T @ x_TI).float()
-                quantizer.backward_rows(grad_KI, latent_KI, codes_KI, rows, parameter_grads)
+            part = affine.rows(rows)
+            latent_KI = quantizer.latent(rows, part)
+            levels_KI = quantizer.grid.nearest(latent_KI.clone())
+            weight_OI[rows] = dequantize(levels_KI, part)
+            if not grads:
+                continue
+            tile = Tile(rows, part, (grad_TO[:, rows].T @ x_TI).float(), latent_KI, levels_KI)
+            if "scale" in grads:
+                grads["scale"][rows] = tile.groups(tile.grad_KI * levels_KI).sum(2)
+            if "offset" in grads:
+                grads["offset"][rows] = tile.groups(tile.grad_KI).sum(2)
+            quantizer.backward_rows(tile, grads)
         grad_x = (grad_TO @ weight_OI).view_as(x) if ctx.needs_input_grad[0] else None
         grad_bias = grad_TO.sum(0) if ctx.has_bias and ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, None, *parameter_grads.values()
+        scale, offset = grads.pop("scale", None), grads.pop("offset", None)
+        return grad_x, grad_bias, None, scale, offset, *grads.values()

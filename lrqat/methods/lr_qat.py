@@ -1,23 +1,23 @@
 """LR-QAT (arXiv 2406.06385): low-rank adapters inside the rounding of frozen weights.
 
-    W^ = s * clip(round(Phi0 + (alpha/r) A B), -2^(b-1), 2^(b-1)-1)          (eq. 8)
-    Phi0 = phi(clip(W0 / s0))  frozen, in one of three downcasts phi:
+    W^ = s * nearest(Phi0 + (alpha/r) A B) + m                               (eq. 8, on any grid)
+    Phi0 = phi(clip((W0 - m0) / s0))  frozen, in one of three downcasts phi:
         fixed    Q_b.(8-b) fixed point in an int8: b bits of integer, 8-b of fraction        (eq. 7)
-        int      the b-bit codes alone, two to a byte up to 4 bits
+        int      the codes alone, two to a byte up to 4 bits
         bf16     bfloat16
 
-Trained: A [O, R] (Kaiming), B [R, I] (zero), and s. With u = Phi0 + (alpha/r) A B, c = clip(round(u)), the
-straight-through estimator (round' = 1, clip' = 1 inside the range, 0 outside) gives
+Trained: A [O, R] (Kaiming), B [R, I] (zero), and the grid's parts. With u = Phi0 + (alpha/r) A B, the
+straight-through estimator (nearest' = 1 inside the range, 0 outside) gives
 
     dL/du = dL/dW * s * [u inside],   dA = (alpha/r) dL/du B^T,   dB = (alpha/r) A^T dL/du,
-    ds    = sum over the group of dL/dW * c                            (Phi0 is frozen at s0)
+    ds    = sum over the group of dL/dW * level,   dm = sum of dL/dW         (Phi0 is frozen at s0, m0)
 
-Scales are trained as s = wire(s0 * gain): Adam's step on a gain is relative, so one learning rate fits
-layers whose scales differ by orders of magnitude. wire() is passed by straight through.
+Parts are trained by gains, s = wire(s0 * gain): Adam's step on a gain is relative, so one learning rate fits
+layers whose scales differ by orders of magnitude.
 
-Unlike the paper's eq. 7, the fraction of the fixed point is kept strictly inside its code (at most
-2^(7-b) - 1 steps away): rounding W0/s0 to a fraction first and to a code later would move codes near .5, and
-training would start beside its own start. "fixed" and "int" always round to exactly the start's codes.
+Unlike in the paper's eq. 7, the fixed point never leaves its code: rounding W0/s0 to a fraction first and to a code
+later would move codes near .5, and training would start beside its own start. Where that would happen, the fraction
+is one step smaller. So "fixed" and "int" always round to exactly the start's codes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from lrqat.errors import LrqatError
-from lrqat.grid import Grid, expand_groups
-from lrqat.methods.base import WeightQuantizer
+from lrqat.grid import Affine, Grid, Parts, to_latent
+from lrqat.methods.base import Tile, WeightQuantizer
 from lrqat.ranges import row_tiles
 from lrqat.settings import DOWNCASTS
 
@@ -37,22 +37,21 @@ class LRQAT(WeightQuantizer):
 
     Args:
         weight_OI: the pretrained weight, any float dtype; not kept.
-        scales_OG: s0, float32 wire scales.
-        grid: a symmetric grid.
+        start: the grid's parts that it is rounded with at the start (`lrqat.ranges.start`).
+        grid: any grid.
         rank: R.
         alpha: the adapter's multiplier is alpha / rank.
         downcast: how Phi0 is stored: "fixed", "int" or "bf16".
-        learn_scales: train the gains; otherwise s = s0.
+        learn_scales: train gains on the parts; otherwise they stay as they are.
         generator: draws A.
     """
 
     phi: Tensor
-    start_scales_OG: Tensor
 
     def __init__(
         self,
         weight_OI: Tensor,
-        scales_OG: Tensor,
+        start: Parts,
         grid: Grid,
         *,
         rank: int,
@@ -69,30 +68,34 @@ class LRQAT(WeightQuantizer):
             raise LrqatError(f"rank: expected 1 to {min(rows, columns)} for a {rows}x{columns} weight, got {rank}")
         self.downcast = downcast
         self.multiplier = alpha / rank
-        self.register_buffer("phi", self._store(weight_OI, scales_OG), persistent=False)
-        self.register_buffer("start_scales_OG", scales_OG, persistent=False)
+        self.register_buffer("phi", self._store(weight_OI, grid.affine(start)), persistent=False)
+        self.start = nn.Module()
+        for name, part in start.items():
+            self.start.register_buffer(name, part, persistent=False)
+        self.gains = nn.ParameterDict(
+            {name: nn.Parameter(torch.ones_like(start[name])) for name in grid.learned if learn_scales}
+        )
         a_OR = torch.empty(rows, rank)
         nn.init.kaiming_uniform_(a_OR, a=5**0.5, generator=generator)
         self.a_OR = nn.Parameter(a_OR.to(weight_OI.device))
         self.b_RI = nn.Parameter(torch.zeros(rank, columns, device=weight_OI.device))
-        self.gain_OG = nn.Parameter(torch.ones_like(scales_OG), requires_grad=learn_scales)
 
-    def _store(self, weight_OI: Tensor, scales_OG: Tensor) -> Tensor:
-        """phi(W0 / s0), tile by tile."""
+    def _store(self, weight_OI: Tensor, affine: Affine) -> Tensor:
+        """phi((W0 - m0) / s0), tile by tile."""
+        center, one = self.grid.fixed_point
         tiles = []
         for rows in row_tiles(*self.shape):
-            x_KI = weight_OI[rows].float() / expand_groups(scales_OG[rows], self.shape[1])
-            x_KI.clamp_(-self.grid.midpoint, self.grid.midpoint - 1)
-            codes_KI = self.round(x_KI)
+            x_KI = to_latent(weight_OI[rows], affine.rows(rows)).clamp_(*self.grid.ends)
+            levels_KI = self.grid.nearest(x_KI.clone())
             if self.downcast == "bf16":
                 tiles.append(x_KI.to(torch.bfloat16))
             elif self.downcast == "fixed":
-                one = 1 << (8 - self.grid.bits)
-                most = max(one // 2 - 1, 0)
-                fraction_KI = x_KI.sub_(codes_KI).mul_(one).round_().clamp_(-most, most)
-                tiles.append((codes_KI * one + fraction_KI).to(torch.int8))
+                fixed_KI = x_KI.sub_(center).mul_(one).round_().clamp_(-128, 127)
+                moved_KI = self.grid.nearest(fixed_KI / one + center) != levels_KI
+                back_KI = levels_KI.sub_(center).mul_(one).sub_(fixed_KI).sign_()
+                tiles.append(fixed_KI.add_(back_KI.mul_(moved_KI)).to(torch.int8))
             else:
-                tiles.append(self._pack((codes_KI + self.grid.midpoint).to(torch.uint8)))
+                tiles.append(self._pack(self.grid.encode(levels_KI)))
         return torch.cat(tiles)
 
     def _pack(self, codes_KI: Tensor) -> Tensor:
@@ -110,28 +113,29 @@ class LRQAT(WeightQuantizer):
     def frozen(self, rows: slice) -> Tensor:
         """Phi0, float32 [rows, I]."""
         if self.downcast == "int":
-            return self._unpack(self.phi[rows]).float().sub_(self.grid.midpoint)
-        return self.phi[rows].float().mul_(2.0 ** (self.grid.bits - 8) if self.downcast == "fixed" else 1.0)
+            return self.grid.decode(self._unpack(self.phi[rows]))
+        phi_KI = self.phi[rows].float()
+        if self.downcast == "fixed":
+            center, one = self.grid.fixed_point
+            phi_KI.mul_(1 / one)
+            return phi_KI.add_(center) if center else phi_KI
+        return phi_KI
 
-    def latent(self, rows: slice) -> Tensor:
+    def latent(self, rows: slice, affine: Affine) -> Tensor:
         """u = Phi0 + (alpha/r) A B."""
         return self.frozen(rows).addmm_(self.a_OR[rows].detach(), self.b_RI.detach(), alpha=self.multiplier)
 
-    def scales(self, rows: slice) -> Tensor:
-        """s = wire(s0 * gain)."""
-        return self.grid.to_wire(self.start_scales_OG[rows] * self.gain_OG[rows].detach())
+    def parts(self) -> dict[str, Tensor]:
+        """wire(start * gain)."""
+        return self.grid.learn(dict(self.start.named_buffers()), dict(self.gains))
 
-    def backward_rows(
-        self, grad_KI: Tensor, latent_KI: Tensor, codes_KI: Tensor, rows: slice, grads: dict[str, Tensor]
-    ) -> None:
+    def large(self) -> dict[str, nn.Parameter]:
+        """A and B."""
+        return {"a_OR": self.a_OR, "b_RI": self.b_RI}
+
+    def backward_rows(self, tile: Tile, grads: dict[str, Tensor]) -> None:
         """The equations of the module's docstring, for one row tile."""
-        count, columns = grad_KI.shape
-        grouped = (count, self.start_scales_OG.shape[1], -1)
-        if "gain_OG" in grads:
-            ds_KG = (grad_KI * codes_KI).view(grouped).sum(2)
-            grads["gain_OG"][rows] += ds_KG * self.start_scales_OG[rows]
-        low, high = -self.grid.midpoint - 0.5, self.grid.midpoint - 0.5
-        grad_KI = torch.ops.aten.hardtanh_backward(grad_KI, latent_KI, low, high)  # the derivative of the clip
-        du_KI = grad_KI.view(grouped).mul_(self.scales(rows)[:, :, None]).view(count, columns)
-        grads["a_OR"][rows].addmm_(du_KI, self.b_RI.detach().T, alpha=self.multiplier)
-        grads["b_RI"].addmm_(self.a_OR[rows].detach().T, du_KI, alpha=self.multiplier)
+        du_KI = tile.inside(self.grid)
+        tile.groups(du_KI).mul_(tile.affine.scale_OG[:, :, None])
+        grads["a_OR"][tile.rows].addmm_(du_KI, self.b_RI.detach().T, alpha=self.multiplier)
+        grads["b_RI"].addmm_(self.a_OR[tile.rows].detach().T, du_KI, alpha=self.multiplier)

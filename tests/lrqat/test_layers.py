@@ -14,16 +14,16 @@ from lrqat.errors import LrqatError
 from lrqat.grid import Grid
 from lrqat.layers import QuantLinear, dense_tensors, fuse_model, linear_names, quantizers, swap_linears
 from lrqat.methods.lr_qat import LRQAT
-from lrqat.ranges import initial_scales
+from lrqat.ranges import start
 
-GRID = Grid(4, 32)
+GRID = Grid.parse("w4g32")
 
 
 def make(name: str, weight_OI: Tensor) -> LRQAT:
     """A quantizer as training makes them."""
     return LRQAT(
         weight_OI,
-        initial_scales(weight_OI, GRID, None, name),
+        start(weight_OI, GRID, None, name),
         GRID,
         rank=4,
         alpha=4.0,
@@ -52,7 +52,7 @@ def test_all_linears_but_the_head_are_swapped_under_their_own_names(model: Any) 
 def test_only_the_methods_parameters_are_trained(model: Any) -> None:
     swap_linears(model, make)
     trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"a_OR", "b_RI", "gain_OG"}
+    assert trained == {"a_OR", "b_RI", "scales"}
 
 
 def test_skipped_linears_stay_dense(model: Any) -> None:

@@ -147,7 +147,7 @@ def test_a_checkpoint_holds_adapters_and_scales_only_and_no_pickle(run: Path, ti
     folder = last_checkpoint(run / "checkpoints")
     assert folder is not None and folder.name == f"checkpoint-{STEPS}"
     adapters = load_file(folder / "adapters.safetensors")
-    assert {name.rpartition(".")[2] for name in adapters} == {"a_OR", "b_RI", "gain_OG"} and len(adapters) == 3 * 14
+    assert {name.rpartition(".")[2] for name in adapters} == {"a_OR", "b_RI", "scales"} and len(adapters) == 3 * 14
     moments = load_file(folder / "optimizer.safetensors")
     trained = sum(t.numel() for t in adapters.values())
     assert sum(t.numel() for name, t in moments.items() if not name.startswith("rng")) <= 2 * trained + len(moments)

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from exporters import gguf
 from lrqat.errors import LrqatError
-from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Spec, read_assets, read_json
+from lrqat.fused import FusedCheckpoint, FusedSpec, Spec, read_assets, read_json
 from lrqat.grid import Grid
+from lrqat.ptq import rtn
 
 pytest.importorskip("xllamacpp", reason="pip install 'lrqat[llamacpp]'")
 
@@ -33,16 +34,7 @@ def fuse(model: LlamaForCausalLM, directory: Path, grid: Grid) -> FusedCheckpoin
     weights = dict(model.named_parameters())
     names = [name for name in weights if name.endswith("_proj.weight")]
 
-    def make(name: str) -> FusedTensor:
-        rows, columns = weights[name].shape
-        grouped = weights[name].detach().view(rows, -1, grid.columns_per_group(columns))
-        peak_OG = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        scales_OG = grid.to_wire(-peak_OG / grid.midpoint)  # of both signs
-        codes = (grouped / scales_OG[..., None]).round() + grid.midpoint
-        codes_OI = codes.clamp(0, grid.levels - 1).to(torch.uint8).view(rows, columns)
-        return FusedTensor(codes_OI, scales_OG.to(torch.float16), None, grid)
-
-    tensors = {name: make(name) for name in names}
+    tensors = {name: rtn(weights[name].detach(), grid, None, name) for name in names}
     for name, tensor in tensors.items():
         weights[name].data.copy_(tensor.dequantize())
     dense = {name: weight.detach() for name, weight in weights.items() if name not in tensors}
@@ -82,7 +74,7 @@ TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 400, 100)]
 
 @pytest.fixture(scope="module")
 def runtime(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaCpp]:
-    checkpoint = fuse(model_of(tiny_model_dir), tiny_model_dir, Grid(4, 32))
+    checkpoint = fuse(model_of(tiny_model_dir), tiny_model_dir, Grid.parse("w4g32"))
     path = gguf.write(checkpoint, tmp_path_factory.mktemp("llamacpp") / "w4.gguf")
     with LlamaCpp(path, n_ctx=256) as runtime:
         yield runtime
@@ -115,7 +107,7 @@ def test_the_f32_reference_reproduces_the_hugging_face_model(
     tiny_model_dir: Path, tmp_path: Path, config: dict[str, Any]
 ) -> None:
     model = model_of(tiny_model_dir, **config)
-    path = gguf.write(fuse(model, tiny_model_dir, Grid(4, 32)), tmp_path / "f32.gguf", dequantized=True)
+    path = gguf.write(fuse(model, tiny_model_dir, Grid.parse("w4g32")), tmp_path / "f32.gguf", dequantized=True)
     with LlamaCpp(path, n_ctx=256, exact=True) as runtime:
         ours, theirs = runtime.logits(TOKENS), reference_logits(model, TOKENS)
     assert relative_l2(ours, theirs) < F32_TOLERANCE

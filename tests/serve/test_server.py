@@ -34,7 +34,8 @@ SECONDS = 20.0  # until a process must be ready or gone
 
 @pytest.fixture(scope="module")
 def fused(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize(locate(str(tiny_model_dir)), Grid(4, 32), None, (), torch.float16, tmp_path_factory.mktemp("fused"))
+    out = tmp_path_factory.mktemp("fused")
+    return quantize(locate(str(tiny_model_dir)), Grid.parse("w4g32"), None, (), torch.float16, out)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""The families of grids: affine, K-quants, codebooks."""
