@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lrqat.command import common_flags, run, set_threads, show, with_recipe
 from lrqat.errors import LrqatError
 
-FORMATS = ("gguf", "gptq")
+FORMATS = ("gguf", "gptq", "awq", "compressed-tensors")  # of exporters.formats, which is slow to import
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,43 +31,73 @@ def make_parser() -> argparse.ArgumentParser:
     )
     common_flags(parser)
     parser.add_argument("fused", type=Path, help="a fused checkpoint, or the run that holds it")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="gguf for llama.cpp, gptq for vLLM")
+    parser.add_argument(
+        "--format", required=True, choices=FORMATS, help="gguf for llama.cpp, the others for vLLM and transformers"
+    )
     parser.add_argument("--out", required=True, type=Path, help="a .gguf file, or a directory for safetensors formats")
     parser.add_argument("--reference", action="store_true", help="gguf: write the dequantized weights in F32 instead")
     parser.add_argument("--zeros", choices=("v1", "v2"), help="gptq: how zeros are stored (default: what vLLM expects)")
+    parser.add_argument(
+        "--activations", choices=("int8",), help="compressed-tensors: W8A8, for 8-bit weights per channel"
+    )
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        metavar="DIR",
+        help="gguf: a llama.cpp checkout that knows the architecture; it is run",
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not read the result back and compare")
     return parser
 
 
+OPTIONS = {"reference": "gguf", "zeros": "gptq", "activations": "compressed-tensors", "llama_cpp": "gguf"}
+
+
 def _main(args: argparse.Namespace) -> int:
     set_threads(args.threads)
-    if args.reference and args.format != "gguf":
-        raise LrqatError("--reference: only gguf has an F32 reference file; leave it out")
-    if args.zeros and args.format != "gptq":
-        raise LrqatError("--zeros: only gptq stores zeros in two ways; leave it out")
+    for option, form in OPTIONS.items():
+        if getattr(args, option) and args.format != form:
+            raise LrqatError(f"--{option.replace('_', '-')}: is for --format {form}; leave it out")
 
-    from lrqat.fused import FusedCheckpoint
+    from exporters import matrix
+    from exporters.card import card
+    from exporters.formats import FORMATS as exporters
+    from exporters.formats import as_stored
+    from exporters.verify import verify
+    from lrqat.fused import FusedCheckpoint, read_json
 
     checkpoint = FusedCheckpoint.load(args.fused)
+    exporter = exporters[args.format]
+    if args.format != "gguf":
+        form = "w8a8" if args.activations else args.format
+        runs = [matrix.answer(checkpoint, f"{form}@{runtime}") for runtime in ("vllm-cpu", "vllm-gpu")]
+        if all(each.refusal for each in runs):
+            print(f"warning: vLLM will not run this file: {runs[0].refusal}", file=sys.stderr)
     started = time.monotonic()
-    if args.format == "gguf":
-        from exporters import gguf
+    if args.llama_cpp:
+        from exporters.gguf_foreign import write
 
-        written = gguf.write(checkpoint, args.out, dequantized=args.reference)
-        size, exported = written.stat().st_size, gguf.read
+        written = write(checkpoint, args.out, args.llama_cpp)
     else:
-        from exporters import gptq
-
-        if limit := gptq.vllm_limits(checkpoint):
-            print(f"warning: vLLM will not run this file: {limit}", file=sys.stderr)
-        written = gptq.write(checkpoint, args.out, zeros=args.zeros)
-        size, exported = sum(f.stat().st_size for f in written.glob("*.safetensors")), gptq.read
+        options: dict[str, Any] = {"zeros": args.zeros} if args.zeros else {}
+        options |= {"activations": args.activations} if args.activations else {}
+        options |= {"dequantized": True} if args.reference else {}
+        written = exporter.write(checkpoint, args.out, **options)
     seconds = time.monotonic() - started
+    files = [written] if written.is_file() else list(written.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
     result = {"format": args.format, "out": str(written), "bytes": size, "seconds": seconds, **checkpoint.counts()}
-    if not args.no_verify:
-        from exporters.verify import verify
-
-        result["bitwise_equal"] = verify(checkpoint, exported(written), written)
+    if args.llama_cpp:
+        print(
+            "note: not read back; each quantized row was found by its tag (exporters/gguf_foreign.py)", file=sys.stderr
+        )
+    elif not args.no_verify:
+        result["bitwise_equal"] = verify(as_stored(checkpoint, args.format), exporter.read(written), written)
+    if written.is_dir():
+        dtype = str(read_json(written / "config.json").get("dtype", "float16"))
+        (written / "README.md").write_text(card(checkpoint, args.format, str(written), dtype), encoding="utf-8")
+    else:
+        written.with_suffix(".card.md").write_text(card(checkpoint, args.format, str(written)), encoding="utf-8")
     show(result, args.json)
     return 0
 

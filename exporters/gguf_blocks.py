@@ -1,41 +1,89 @@
-"""ggml block types: the bytes of `Q4_0` and `Q8_0`, from codes and scales, and back.
+"""ggml's block types: the bytes of a run of columns, from codes and parts, and back.
 
-A row of a matrix is a run of blocks of 32 columns; the value of a column is d * q, q signed.
+A row of a matrix is a run of blocks. Sizes are bytes, floats are fp16, everything is little endian. Of `q`:
+low and high are bits of the codes; `q0|q16` puts several of them into one byte, the first lowest.
 
-    Q4_0   18 bytes, 4.5 bits a weight
-      0..1    d    fp16, little endian
-      2..17   qs   byte j: column j in the low nibble, column j + 16 in the high nibble, both as q + 8
+    type     columns  bytes  w                    bytes in their order
+    Q4_0          32     18  d * (q - 8)          d 2, q0|q16 .. 16
+    Q4_1          32     20  d * q + m            d 2, m 2, q0|q16 .. 16
+    Q5_0          32     22  d * (q - 16)         d 2, bit 4: q0|q1|..|q7 .. 4, low 4 bits: q0|q16 .. 16
+    Q5_1          32     24  d * q + m            d 2, m 2, bit 4: q0|q1|..|q7 .. 4, low 4 bits: q0|q16 .. 16
+    Q8_0          32     34  d * (q - 128)        d 2, q - 128 as int8 32
+    IQ4_NL        32     18  d * table[q]         d 2, q0|q16 .. 16
+    MXFP4         32     17  2^(e-127)*table[q]   e 1, q0|q16 .. 16
+    Q2_0          64     18  d * (Q - 1)          d 2, Q0|Q1|Q2|Q3, Q4|Q5|Q6|Q7 .. 16
+    TQ2_0        256     66  d * (q - 1)          q0|q32|q64|q96 .. 32, the same of columns 128 on .. 32, d 2
+    Q2_K         256     84  d*sc*q - dmin*mn     sc|mn 16, q as TQ2_0 64, d 2, dmin 2
+    Q3_K         256    110  d*sc*(q - 4)         bit 2: q0|q32|..|q224 .. 32, low 2 bits: as TQ2_0 64, of sc + 32
+                                                  low 4 bits: sc0|sc8 .. 8, high 2: sc0|sc4|sc8|sc12 .. 4, d 2
+    Q4_K         256    144  d*sc*q - dmin*mn     d 2, dmin 2, sc and mn 12, q0|q32 .. 32, q64|q96 .. 96
+    Q5_K         256    176  d*sc*q - dmin*mn     d 2, dmin 2, sc and mn 12, bit 4: q0|q32|..|q224 .. 32,
+                                                  low 4 bits: as Q4_K 128
+    Q6_K         256    210  d*sc*(q - 32)        low 4 bits: q0|q64 .. 64, q128|q192 .. 64, high 2: as TQ2_0 64,
+                                                  sc as int8 16, d 2
 
-    Q8_0   34 bytes, 8.5 bits a weight
-      0..1    d    fp16, little endian
-      2..33   qs   column j as int8 q
+The 12 bytes of sc and mn, 6 bits each, for j in 0..3:
 
-Source: block_q4_0 and block_q8_0 in ggml-org/llama.cpp ggml/src/ggml-common.h.
+    byte j         sc[j] | high 2 bits of sc[j+4]
+    byte j + 4     mn[j] | high 2 bits of mn[j+4]
+    byte j + 8     low 4 bits of sc[j+4] | low 4 bits of mn[j+4]
 
-Our grids keep unsigned codes and a zero: w = s * (code - z). A symmetric grid has z = 2^(bits-1), so q = code - z
-lies in -2^(bits-1) .. 2^(bits-1) - 1: 2 to 4 bits fit Q4_0, 5 to 8 bits fit Q8_0, and d = s, whatever its sign.
-Integers are moved and scales repeated; no float is computed. A group wider than 32 columns is the same scale in
-several blocks.
+Q2_0 reaches from -1 to 2, our two bits from -2 to 1: d = -s and Q = 3 - q, so that d * (Q - 1) = s * (q - 2).
 
-    w4, codes 0 and 15 in columns 0 and 16, 8 elsewhere, scale 0.5 (fp16 0x3800), as Q4_0:
+Each type is `BlockType.fields`: one `Field` for each run of bytes. `pack` takes weights on the type's own grid
+(`exporters.gguf_carry.restate`), `unpack` gives them back. Integers are moved and signs flipped; no float is computed.
+
+    w4g32, codes 0 and 15 in columns 0 and 16, 8 elsewhere, scale 0.5 (fp16 0x3800), as Q4_0:
         00 38  f0 88 88 88 88 88 88 88 88 88 88 88 88 88 88 88     w[0] = 0.5 * (0 - 8), w[16] = 0.5 * (15 - 8)
-    the same numbers, codes 120 and 135 of w8, as Q8_0:
-        00 38  f8 00 .. 00  07 00 .. 00                            column 0 is -8, column 16 is 7
 
-Refuses nothing: `exporters.gguf.carries` has been asked before, so what is passed is asserted only.
+Source: ggml-org/llama.cpp ggml/src/ggml-common.h (block_*), ggml-quants.c (dequantize_row_*, get_scale_min_k4), ggml.h
+(enum ggml_type); file types: include/llama.h, as src/llama-model-loader.cpp names a file that mostly holds the type.
+
+Refuses nothing: `exporters.gguf_carry.carries` has been asked before, so what is passed is asserted only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-COLUMNS = 32  # columns of a block, in both types
-SCALE_BYTES = 2
-Q4_0_ZERO = 8  # a stored nibble is q + 8
-ROW_TILE_CODES = 1 << 19  # codes packed at a time: the working memory stays in the cache
+from lrqat.fused import FusedTensor
+from lrqat.grid import Grid
+
+LOW_4, HIGH_2_OF_6 = np.uint32(0x0F0F0F0F), np.uint32(0x30303030)  # of each byte of a word
+FP16_SIGN = np.frombuffer(b"\x00\x80", np.uint8)
+
+Planes = dict[str, np.ndarray]  # "codes" and parts: uint8 [blocks, bytes in a block]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A run of bytes of a block.
+
+    Attributes:
+        plane: what it holds: "codes", the name of a part, or "subs" (sub-scales with sub-minimums).
+        count: bytes of the plane in a block.
+        low: the first of the bits that are taken from each.
+        ways: how many share a byte: each gives 8 / ways bits.
+        span: how far apart those are: byte j holds values j, j + span, j + 2 * span .. of each run of ways * span.
+    """
+
+    plane: str
+    count: int = 2
+    low: int = 0
+    ways: int = 1
+    span: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a block."""
+        return self.count // self.ways
 
 
 @dataclass(frozen=True)
@@ -46,64 +94,193 @@ class BlockType:
         name: as ggml spells it.
         ggml_type: its number in a tensor's header.
         file_type: `general.file_type` of a file that mostly holds it.
-        nbytes: bytes of a block.
+        grid: the lattice of its blocks.
+        columns: of a block.
+        fields: its bytes, in their order.
+        offsets: plane -> what is added to it, modulo 256.
+        negated: codes and scales are stored negated.
     """
 
     name: str
     ggml_type: int
     file_type: int
-    nbytes: int
+    grid: Grid
+    columns: int
+    fields: tuple[Field, ...]
+    offsets: Mapping[str, int]
+    negated: bool = False
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of a block."""
+        return sum(field.nbytes for field in self.fields)
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row."""
-        return columns // COLUMNS * self.nbytes
+        return columns // self.columns * self.nbytes
 
 
-Q4_0 = BlockType("Q4_0", ggml_type=2, file_type=2, nbytes=18)
-Q8_0 = BlockType("Q8_0", ggml_type=8, file_type=7, nbytes=34)
+def _type(
+    name: str, ggml_type: int, file_type: int, columns: int, *fields: Field, negated: bool = False, **offsets: int
+) -> BlockType:
+    return BlockType(name, ggml_type, file_type, Grid.parse(name.lower()), columns, fields, offsets, negated)
 
 
-def block_type(bits: int) -> BlockType:
-    """The type that stores a symmetric grid of this width."""
-    return Q4_0 if bits <= 4 else Q8_0
+D, M = Field("scales"), Field("minimums")
+SUPER_D, SUPER_M = Field("super_scales"), Field("super_minimums")
+NIBBLES = Field("codes", 32, 0, 2, 16)
+FIFTH_BITS = Field("codes", 32, 4, 8, 1)
+QUARTERS = Field("codes", 256, 0, 4, 32)
+K_NIBBLES = Field("codes", 256, 0, 2, 32)
+
+Q4_0 = _type("Q4_0", 2, 2, 32, D, NIBBLES)
+Q4_1 = _type("Q4_1", 3, 3, 32, D, M, NIBBLES)
+Q5_0 = _type("Q5_0", 6, 8, 32, D, FIFTH_BITS, NIBBLES)
+Q5_1 = _type("Q5_1", 7, 9, 32, D, M, FIFTH_BITS, NIBBLES)
+Q8_0 = _type("Q8_0", 8, 7, 32, D, Field("codes", 32), codes=128)
+Q2_K = _type("Q2_K", 10, 10, 256, Field("subs", 16), QUARTERS, SUPER_D, SUPER_M)
+Q3_K = _type(
+    "Q3_K",
+    11,
+    12,
+    256,
+    Field("codes", 256, 2, 8, 32),
+    QUARTERS,
+    Field("sub_scales", 16, 0, 2, 8),
+    Field("sub_scales", 16, 4, 4, 4),
+    SUPER_D,
+    sub_scales=32,
+)
+Q4_K = _type("Q4_K", 12, 15, 256, SUPER_D, SUPER_M, Field("subs", 12), K_NIBBLES)
+Q5_K = _type("Q5_K", 13, 17, 256, SUPER_D, SUPER_M, Field("subs", 12), Field("codes", 256, 4, 8, 32), K_NIBBLES)
+Q6_K = _type(
+    "Q6_K",
+    14,
+    18,
+    256,
+    Field("codes", 256, 0, 2, 64),
+    Field("codes", 256, 4, 4, 32),
+    Field("sub_scales", 16),
+    SUPER_D,
+)
+IQ4_NL = _type("IQ4_NL", 20, 25, 32, D, NIBBLES)
+TQ2_0 = _type("TQ2_0", 35, 37, 256, QUARTERS, D)
+MXFP4 = _type("MXFP4", 39, 38, 32, Field("exponents", 1), NIBBLES)
+Q2_0 = _type("Q2_0", 42, 41, 64, D, Field("codes", 64, 0, 4, 1), negated=True)
+
+BLOCK_TYPES = {
+    kind.ggml_type: kind
+    for kind in (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, TQ2_0, MXFP4, Q2_0)
+}
 
 
-def pack(codes_OI: Tensor, scales_OG: Tensor, bits: int) -> Tensor:
-    """Codes and fp16 scales of a symmetric grid -> uint8 [O, bytes of a row], of type `block_type(bits)`."""
-    rows, columns = codes_OI.shape
-    kind = block_type(bits)
-    repeat = columns // COLUMNS // scales_OG.shape[1]
-    assert codes_OI.dtype == torch.uint8 and scales_OG.dtype == torch.float16
-    assert scales_OG.shape[1] * repeat * COLUMNS == columns
-    packed = torch.empty(rows, columns // COLUMNS, kind.nbytes, dtype=torch.uint8, device=codes_OI.device)
-    pack_codes = _pack_nibbles if kind is Q4_0 else _pack_bytes
-    tile = max(1, ROW_TILE_CODES // columns)
-    for start in range(0, rows, tile):
-        part = slice(start, min(start + tile, rows))
-        d_OBS = scales_OG[part].repeat_interleave(repeat, dim=1).view(torch.uint8).unflatten(1, (-1, SCALE_BYTES))
-        packed[part, :, :SCALE_BYTES] = d_OBS
-        pack_codes(codes_OI[part].reshape(-1, columns // COLUMNS, COLUMNS), bits, packed[part, :, SCALE_BYTES:])
-    return packed.view(rows, kind.row_bytes(columns))
+def pack(tensor: FusedTensor, kind: BlockType) -> Tensor:
+    """Some rows of a weight on `kind.grid` -> uint8 [O, bytes of a row]."""
+    assert tensor.grid == kind.grid
+    rows, columns = tensor.codes_OI.shape
+    blocks = rows * (columns // kind.columns)
+    arrays = {"codes": tensor.codes_OI, **tensor.parts}
+    planes = {name: np.ascontiguousarray(a.numpy()).view(np.uint8).reshape(blocks, -1) for name, a in arrays.items()}
+    planes = _negated(planes) if kind.negated else planes
+    planes |= {name: planes[name] + np.uint8(offset) for name, offset in kind.offsets.items()}
+    if "sub_minimums" in planes:
+        planes["subs"] = _join(planes["sub_scales"], planes["sub_minimums"])
+    packed, at = np.empty((blocks, kind.nbytes), np.uint8), 0
+    for field in kind.fields:
+        packed[:, at : at + field.nbytes] = fold(planes[field.plane], field.low, field.ways, field.span)
+        at += field.nbytes
+    return torch.from_numpy(packed.reshape(rows, kind.row_bytes(columns)))
 
 
-def unpack(packed: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
-    """uint8 [O, bytes of a row] -> int8 q [O, I] and fp16 d [O, I / 32]: the inverse, with signed codes."""
-    blocks = packed.contiguous().view(packed.shape[0], -1, kind.nbytes)
-    d_OB = blocks[:, :, :SCALE_BYTES].contiguous().view(torch.float16).squeeze(-1)
-    qs = blocks[:, :, SCALE_BYTES:]
-    q = torch.cat([qs & 0x0F, qs >> 4], dim=-1).view(torch.int8) - Q4_0_ZERO if kind is Q4_0 else qs.view(torch.int8)
-    return q.flatten(1), d_OB
+def unpack(packed: Tensor, kind: BlockType) -> FusedTensor:
+    """Some rows, uint8 [O, bytes of a row] -> the weight on `kind.grid`: the inverse."""
+    rows = packed.shape[0]
+    blocks_NB = packed.contiguous().numpy().reshape(-1, kind.nbytes)
+    columns, at = len(blocks_NB) * kind.columns // rows, 0
+    planes: Planes = {}
+    for field in kind.fields:
+        values = unfold(blocks_NB[:, at : at + field.nbytes], field.ways, field.span)
+        values = values << field.low if field.low else values
+        planes[field.plane] = planes[field.plane] | values if field.plane in planes else values
+        at += field.nbytes
+    if "subs" in planes:
+        planes["sub_scales"], planes["sub_minimums"] = _split(planes.pop("subs"))
+    planes |= {name: planes[name] - np.uint8(offset) for name, offset in kind.offsets.items()}
+    planes = _negated(planes) if kind.negated else planes
+    arrays = {name: torch.from_numpy(np.ascontiguousarray(plane).reshape(rows, -1)) for name, plane in planes.items()}
+    wire = kind.grid.parts(rows, columns)
+    return FusedTensor(arrays["codes"], {name: arrays[name].view(part.dtype) for name, part in wire.items()}, kind.grid)
 
 
-def _pack_nibbles(codes_OBC: Tensor, bits: int, out: Tensor) -> None:
-    """Q4_0: byte j = column j | column j + 16 << 4, of code + (8 - z); no nibble overflows into the other."""
-    shift = Q4_0_ZERO - (1 << (bits - 1))
-    low, high = codes_OBC[:, :, : COLUMNS // 2], codes_OBC[:, :, COLUMNS // 2 :]
-    bytes_OBJ = high << 4
-    bytes_OBJ |= low
-    out.copy_(bytes_OBJ + 17 * shift if shift else bytes_OBJ)
+def fold(values_NC: np.ndarray, low: int, ways: int, span: int) -> np.ndarray:
+    """Bits low .. low + 8 / ways - 1 of every value, `ways` of them in a byte (`Field`): uint8 [N, C / ways]."""
+    if ways == 1:
+        return values_NC
+    width = 8 // ways
+    words = values_NC.reshape(-1).view("<u8")
+    words = (words >> np.uint64(low) if low else words) & _every_byte(words, width)
+    if span == 1:  # neighbours share a byte: byte k of a word moves down by k * (8 - width) bits
+        words = words.view(f"<u{ways}")
+        for doubling in range(ways.bit_length() - 1):
+            words = words | words >> words.dtype.type((8 - width) << doubling)
+        return words.astype(np.uint8).reshape(len(values_NC), -1)
+    lanes = words.view(f"V{span}").reshape(-1, ways)
+    folded = np.ascontiguousarray(lanes[:, 0]).view(f"<u{min(span, 8)}")
+    for lane in range(1, ways):
+        folded |= np.ascontiguousarray(lanes[:, lane]).view(folded.dtype) << folded.dtype.type(lane * width)
+    return folded.view(np.uint8).reshape(len(values_NC), -1)
 
 
-def _pack_bytes(codes_OBC: Tensor, bits: int, out: Tensor) -> None:
-    """Q8_0: byte j = code - z modulo 256, which is int8's two's complement."""
-    out.copy_(codes_OBC - (1 << (bits - 1)))
+def unfold(bytes_NB: np.ndarray, ways: int, span: int) -> np.ndarray:
+    """The inverse of `fold` for low = 0: uint8 [N, B * ways]."""
+    if ways == 1:
+        return bytes_NB
+    width = 8 // ways
+    if span == 1:
+        words = bytes_NB.astype(f"<u{ways}")
+        for doubling in range(ways.bit_length() - 1):
+            words = words | words << words.dtype.type((8 - width) << doubling)
+        words &= _every_byte(words, width)
+        return words.view(np.uint8)
+    words = np.ascontiguousarray(bytes_NB).reshape(-1).view(f"<u{min(span, 8)}")
+    lanes = np.empty((words.nbytes // span, ways), f"V{span}")
+    for lane in range(ways):
+        lanes[:, lane] = (words >> words.dtype.type(lane * width) & _every_byte(words, width)).view(lanes.dtype)
+    return lanes.view(np.uint8).reshape(len(bytes_NB), -1)
+
+
+def _every_byte(words: np.ndarray, width: int) -> np.unsignedinteger[Any]:
+    """The lowest `width` bits of every byte of a word."""
+    mask: np.unsignedinteger[Any] = words.dtype.type(
+        int.from_bytes(bytes([(1 << width) - 1]) * words.itemsize, "little")
+    )
+    return mask
+
+
+def _negated(planes: Planes) -> Planes:
+    """Q2_0: 3 - q is q with both bits turned; -d is d with its sign bit turned."""
+    return {"codes": planes["codes"] ^ np.uint8(3), "scales": planes["scales"] ^ FP16_SIGN}
+
+
+def _join(sc: np.ndarray, mn: np.ndarray) -> np.ndarray:
+    """Sub-scales and sub-minimums: sixteen of 4 bits as Q2_K has them, or eight of 6 bits, four at a time in a word."""
+    if sc.shape[1] == 16:
+        joined: np.ndarray = sc | mn << 4
+        return joined
+    (sc_low, sc_high), (mn_low, mn_high) = sc.view("<u4").T, mn.view("<u4").T
+    words_N3 = np.empty((len(sc), 3), "<u4")
+    words_N3[:, 0] = sc_low | (sc_high & HIGH_2_OF_6) << np.uint32(2)
+    words_N3[:, 1] = mn_low | (mn_high & HIGH_2_OF_6) << np.uint32(2)
+    words_N3[:, 2] = sc_high & LOW_4 | (mn_high & LOW_4) << np.uint32(4)
+    return words_N3.view(np.uint8)
+
+
+def _split(subs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `_join`."""
+    if subs.shape[1] == 16:
+        return subs & 15, subs >> 4
+    sc, mn, rest = np.ascontiguousarray(subs).view("<u4").T
+    low, top = np.uint32(0x3F3F3F3F), np.uint32(2)
+    sc_words = np.stack([sc & low, rest & LOW_4 | (sc >> top) & HIGH_2_OF_6], axis=1)
+    mn_words = np.stack([mn & low, rest >> np.uint32(4) & LOW_4 | (mn >> top) & HIGH_2_OF_6], axis=1)
+    return sc_words.view(np.uint8), mn_words.view(np.uint8)

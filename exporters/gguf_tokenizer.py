@@ -6,12 +6,21 @@ wrongly without a word, so the name is chosen from the pre-tokenizer's own struc
     byte-level BPE ("gpt2")      tokens in GPT-2's byte alphabet, merges, and `pre`:
       ByteLevel                                       gpt-2
       Digits(individual), ByteLevel                   smollm
-      Split(LLAMA3), ByteLevel(no regex)              llama-bpe    with ignore_merges
+      Split(LLAMA3), ByteLevel(no regex)              llama-bpe    with ignore_merges (Llama 3, SmolLM3); else dbrx
+                                                                   (OLMo 2, Phi 4)
       Split(QWEN2), ByteLevel(no regex)               qwen2        (llama.cpp skips its NFC: text is NFC as a rule)
+      Split(TEKKEN), ByteLevel(no regex)              tekken       with ignore_merges (Mistral)
+      Split(GPT4O), ByteLevel(no regex)               gpt-4o       (Phi 4 mini)
+        llama.cpp approximates the last two: combining marks (of Hindi, say) are no letters to it, and it does not
+        split at capitals beyond ASCII, over which merges hardly ever reach. Elsewhere ids are the same.
     SentencePiece BPE ("llama")  tokens with U+2581 for a space, <0x00>..<0xFF>, and scores instead of merges:
       llama.cpp joins the pair whose result has the highest score, so score = -(rank of the first merge to make it).
       That is the same order only if every pair of tokens that forms a token is a merge, and all merges that make
-      one token stand together: true for converted SentencePiece models, checked here.
+      one token stand together: true for converted SentencePiece models, checked here. Runs of spaces may stand
+      otherwise (Gemma's do), as long as both algorithms let the first space grow to the right before all else.
+
+Phi 3's special tokens take the whitespace to their right with them. llama.cpp does so for files whose general.name
+contains "phi-3" or "phi3", and for no others: `model_name` sees to both.
 
 Ids that no token has are filled with unused [PADi] up to config.json's vocab_size. BOS and EOS are added exactly where
 the post-processor adds them.
@@ -22,6 +31,7 @@ Source: LLAMA_VOCAB_PRE_TYPE_* in ggml-org/llama.cpp src/llama-vocab.cpp; get_vo
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +43,8 @@ from lrqat.pretokenizers import PRE_TOKENIZERS
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
 UNSCORED = -1e6  # below every rank: no merge makes this token
 SPACE = "\u2581"
+# llama.cpp lets every special token of a Phi 3 strip, with these exceptions: no, and yes.
+PHI3_KEEPING, PHI3_END = frozenset({"<unk>", "<s>", "<|endoftext|>"}), "</s>"
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class TokenizerFields:
         add_bos: a BOS is put before every text.
         add_eos: an EOS is put after every text.
         add_space_prefix: a space is put before every text.
+        strips: special tokens take the whitespace to their right with them, as Phi 3's do.
         chat_template: Jinja, or None.
     """
 
@@ -63,7 +76,14 @@ class TokenizerFields:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
+    strips: bool
     chat_template: str | None
+
+    def model_name(self, name: str) -> str:
+        """`name`, changed where llama.cpp would take it for a Phi 3, or would not."""
+        if not self.strips:
+            return re.sub("(phi)-?(3)", r"\1 \2", name, flags=re.IGNORECASE)
+        return name if re.search("phi-?3", name, re.IGNORECASE) else f"phi-3 {name}"
 
     def add_to(self, writer: Any) -> None:
         """Write the keys to a gguf.GGUFWriter."""
@@ -128,6 +148,7 @@ def tokenizer_fields(assets: Mapping[str, bytes], config: Mapping[str, Any]) -> 
         add_bos=add_bos,
         add_eos=add_eos,
         add_space_prefix=space_prefix,
+        strips=_strips(tokenizer, tokens, types),
         chat_template=_chat_template(assets, settings),
     )
 
@@ -148,9 +169,8 @@ def _vocabulary(
     """Tokens and their types by id."""
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
     added = {token["id"]: token for token in tokenizer.get("added_tokens", [])}
-    for token in added.values():
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            raise LrqatError(f"tokenizer.json: {token['content']} strips its neighbours, which GGUF cannot express")
+    # Gemma 3 has a token for images beyond the embedding; text never holds it.
+    added = {token_id: token for token_id, token in added.items() if token_id < size or not token.get("special")}
     by_id = {token_id: token for token, token_id in vocab.items()}
     by_id.update({token_id: token["content"] for token_id, token in added.items()})
     if by_id and max(by_id) >= size:
@@ -166,7 +186,7 @@ def _vocabulary(
             types.append(UNUSED)
         elif sentencepiece and token == unknown:
             types.append(UNKNOWN)
-        elif token_id in added:
+        elif token_id in added and not (sentencepiece and set(token) == {SPACE}):  # merged, and printed, as spaces
             types.append(CONTROL if added[token_id].get("special") else USER_DEFINED)
         else:
             types.append(BYTE if sentencepiece and _is_byte(token) else NORMAL)
@@ -175,6 +195,19 @@ def _vocabulary(
     if twice := [token for token, count in Counter(tokens).items() if count > 1]:
         raise LrqatError(f"tokenizer.json: token {twice[0]!r} has two ids, on which llama.cpp aborts")
     return tokens, types
+
+
+def _strips(tokenizer: dict[str, Any], tokens: list[str], types: list[int]) -> bool:
+    """Whether special tokens strip the text to their right, all of those that llama.cpp lets."""
+    added = tokenizer.get("added_tokens", [])
+    stripping = {token["content"] for token in added if token.get("rstrip")}
+    expected = {t for t, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED, UNKNOWN)}
+    if strange := [token["content"] for token in added if token.get("lstrip") or token.get("single_word")]:
+        raise LrqatError(f"tokenizer.json: {strange[0]} strips its neighbours, which GGUF cannot express")
+    named = {PHI3_END, *PHI3_KEEPING} <= set(tokens)
+    if stripping and not (named and stripping == (expected | {PHI3_END}) - PHI3_KEEPING):
+        raise LrqatError(f"tokenizer.json: {min(stripping)} strips its neighbours, which GGUF cannot express")
+    return bool(stripping)
 
 
 def _is_byte(token: str) -> bool:
@@ -193,24 +226,26 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[tuple[object, ...], ..
     if kind == "Digits":
         return ((kind, pre_tokenizer["individual_digits"]),)
     if kind == "Split":
-        return ((kind, pre_tokenizer["pattern"].get("Regex"), pre_tokenizer["behavior"], pre_tokenizer["invert"]),)
+        regex, behavior = pre_tokenizer["pattern"].get("Regex"), (pre_tokenizer["behavior"], pre_tokenizer["invert"])
+        # What the regexes of the table match, laid end to end, is the whole text: all but the matches removed.
+        return ((kind, regex, *(("Isolated", False) if behavior == ("Removed", True) else behavior)),)
     return ((kind,),)
 
 
 def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer."""
     steps = _steps(tokenizer.get("pre_tokenizer"))
-    known = {tuple(s for part in p.steps for s in _steps(part)): name for name, p in PRE_TOKENIZERS.items()}
-    if steps not in known:
+    known = {n: p for n, p in PRE_TOKENIZERS.items() if tuple(s for part in p.steps for s in _steps(part)) == steps}
+    if not known:
         raise LrqatError(
             f"tokenizer.json: pre_tokenizer {json.dumps(tokenizer.get('pre_tokenizer'))[:200]} has no known name in "
             f"llama.cpp (known: {', '.join(PRE_TOKENIZERS)}); export with --format gptq"
         )
-    name = known[steps]
-    ignore_merges = PRE_TOKENIZERS[name].ignore_merges
-    if bool(tokenizer["model"].get("ignore_merges")) != ignore_merges:
+    ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
+    name = next((n for n, p in known.items() if p.ignore_merges == ignore_merges), None)
+    if name is None:
         raise LrqatError(
-            f"tokenizer.json: ignore_merges {not ignore_merges}, but llama.cpp's {name} has {ignore_merges}"
+            f"tokenizer.json: ignore_merges {ignore_merges}, but llama.cpp's {min(known)} has {not ignore_merges}"
         )
     normalizer = (tokenizer.get("normalizer") or {}).get("type")
     if normalizer is not None and (name, normalizer) != ("qwen2", "NFC"):
@@ -223,9 +258,11 @@ def _space_prefix(tokenizer: dict[str, Any]) -> bool:
     normalizer, pre_tokenizer = tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
+    gemma = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     if pre_tokenizer is None and normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
         return True
-    if pre_tokenizer is None and normalizer in (replace, {"type": "Sequence", "normalizers": [replace]}):
+    # Gemma splits at the spaces that its normalizer has just replaced: at none.
+    if pre_tokenizer in (None, gemma) and normalizer in (replace, {"type": "Sequence", "normalizers": [replace]}):
         return False
     if normalizer is None and pre_tokenizer is not None and pre_tokenizer["type"] == "Metaspace":
         scheme = pre_tokenizer.get("prepend_scheme", "always")
@@ -238,23 +275,33 @@ def _space_prefix(tokenizer: dict[str, Any]) -> bool:
 
 
 def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) -> list[float]:
-    """-(rank) of the merge that makes each token."""
+    """-(rank) of the first merge that makes each token."""
+    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    # Added tokens are found in the text before anything is merged.
+    made = [(rank, "".join(pair)) for rank, pair in enumerate(merges) if "".join(pair) in normal]
+    pairs = {pair: rank for rank, pair in enumerate(merges)}
     ranks: dict[str, int] = {}
     previous = None
-    for rank, pair in enumerate(merges):
-        made = "".join(pair)
-        if made != previous and made in ranks:
-            raise LrqatError(f"tokenizer.json: merges to {made!r} are apart; llama.cpp has one score for a token")
-        ranks.setdefault(made, rank)
-        previous = made
-    pairs = set(merges)
-    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    for rank, token in made:
+        if token != previous and token in ranks and not (set(token) == {SPACE} and _first_space_grows(made, pairs)):
+            raise LrqatError(f"tokenizer.json: merges to {token!r} are apart; llama.cpp has one score for a token")
+        ranks.setdefault(token, rank)
+        previous = token
     for token in normal:
         for cut in range(1, len(token)):
             pair = (token[:cut], token[cut:])
             if pair[0] in normal and pair[1] in normal and pair not in pairs:
                 raise LrqatError(f"tokenizer.json: {pair} is no merge, but llama.cpp's SentencePiece joins it")
     return [0.0 if kind != NORMAL else float(-ranks.get(t, -UNSCORED)) for t, kind in zip(tokens, types, strict=True)]
+
+
+def _first_space_grows(made: list[tuple[int, str]], pairs: dict[tuple[str, ...], int]) -> bool:
+    """Whether a run of spaces is merged from the left, one by one, before a second pair of spaces is joined."""
+    places = [place for place, (_, token) in enumerate(made) if set(token) == {SPACE}]
+    runs = {made[place][1] for place in places}
+    together = places[-1] - places[0] == len(places) - 1
+    pair = pairs.get((SPACE, SPACE), -1)
+    return together and all(pairs.get((run[1:], SPACE), pair) < pair for run in runs if len(run) > 2)
 
 
 def _special_ids(settings: dict[str, Any], config: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:

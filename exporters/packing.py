@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
+LANE = 8  # codes that close up at once, as the bytes of one int64
+TILE = 1 << 17  # codes: what a core's L2 cache holds together with its temporaries
 
 
 def codes_per_block(bits: int) -> int:
@@ -30,39 +32,66 @@ def codes_per_block(bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
-    """uint8 codes below 2^bits -> int32 words; `axis` shrinks from n to n*bits/32.
+    """uint8 codes below 2^bits -> int32 words; `axis` shrinks from n to n*bits/32. At 8 bits it may be a view.
 
-    Byte by byte: the codes that fill whole bytes (2 at 4 bits, 8 at 3 bits) are or-ed in one column at a time,
-    so beside the result only one such column exists.
+    Rows fill whole words, so they are packed as one stream; beside the result only tiles of it exist.
     """
-    rows = codes.movedim(axis, -1)
+    rows = codes.movedim(axis, -1).contiguous()
     assert codes.dtype == torch.uint8 and rows.shape[-1] % codes_per_block(bits) == 0
-    period, places = _places(bits)
-    rows = rows.unflatten(-1, (-1, period))
-    stream = torch.zeros(*rows.shape[:-1], period * bits // 8, dtype=torch.uint8, device=codes.device)
-    for index, (byte, shift) in enumerate(places):
-        stream[..., byte] |= rows[..., index] << shift
-        if shift + bits > 8:
-            stream[..., byte + 1] |= rows[..., index] >> (8 - shift)
-    return stream.flatten(-2).view(torch.int32).movedim(-1, axis)
+    if rows.storage_offset() % LANE:
+        rows = rows.clone()  # int64 views are aligned
+    shape = *rows.shape[:-1], rows.shape[-1] * bits // WORD_BITS
+    if bits == 8:
+        return rows.view(-1).view(torch.int32).view(shape).movedim(-1, axis)
+    words = torch.empty(shape, dtype=torch.int32, device=codes.device)
+    if words.numel():
+        tiles = words.view(-1).split(TILE * bits // WORD_BITS)
+        for tile, words_of_tile in zip(rows.view(-1).split(TILE), tiles, strict=True):
+            _pack_tile(tile, bits, words_of_tile)
+    return words.movedim(-1, axis)
+
+
+def _pack_tile(codes: Tensor, bits: int, words: Tensor) -> None:
+    while 2 * bits <= 8:  # neighbours share a byte: half as many codes, twice as wide
+        pairs = codes.view(torch.int16)
+        codes = (pairs >> (8 - bits)).bitwise_or_(pairs).to(torch.uint8)
+        bits *= 2
+    if bits == 8:
+        words.view(torch.uint8).copy_(codes)
+    else:
+        _pack_wide(codes, bits, words)
+
+
+def _pack_wide(codes: Tensor, bits: int, words: Tensor) -> None:
+    """Five to seven bits: the bytes of an int64 close up in three steps; two or four such lanes make whole words."""
+    lanes = codes.view(torch.int64)
+    for width in (8, 16, 32):
+        kept = bits * width // 8
+        low = sum(((1 << kept) - 1) << place for place in range(0, 64, 2 * width))
+        upper = (lanes >> (width - kept)).bitwise_and_(low << kept)
+        lanes = (lanes & low).bitwise_or_(upper)
+    lane_bits = LANE * bits
+    blocks = lanes.view(-1, codes_per_block(bits) // LANE)
+    words = words.view(len(blocks), -1)
+    for word in range(words.shape[1]):
+        first, last = word * WORD_BITS // lane_bits, ((word + 1) * WORD_BITS - 1) // lane_bits
+        found = blocks[:, first] >> (word * WORD_BITS - first * lane_bits)
+        if last > first:
+            found |= blocks[:, last] << (last * lane_bits - word * WORD_BITS)
+        words[:, word] = found  # its low 32 bits
 
 
 def unpack(words: Tensor, bits: int, axis: int = -1) -> Tensor:
     """int32 words -> uint8 codes: the inverse of `pack`."""
     rows = words.movedim(axis, -1).contiguous()
     assert words.dtype == torch.int32 and rows.shape[-1] * WORD_BITS % bits == 0
-    period, places = _places(bits)
+    period = math.lcm(bits, 8) // bits  # fewest codes that fill whole bytes
     stream = rows.view(torch.uint8).unflatten(-1, (-1, period * bits // 8))
     codes = torch.empty(*stream.shape[:-1], period, dtype=torch.uint8, device=words.device)
-    for index, (byte, shift) in enumerate(places):
+    for index in range(period):
+        byte, shift = divmod(index * bits, 8)
         code = stream[..., byte] >> shift
         if shift + bits > 8:
             code |= stream[..., byte + 1] << (8 - shift)
         codes[..., index] = code & ((1 << bits) - 1)
     return codes.flatten(-2).movedim(-1, axis)
-
-
-def _places(bits: int) -> tuple[int, list[tuple[int, int]]]:
-    """Fewest codes that fill whole bytes; for each of them its first byte and its lowest bit there."""
-    period = math.lcm(bits, 8) // bits
-    return period, [divmod(index * bits, 8) for index in range(period)]

@@ -1,4 +1,4 @@
-"""The `lrqat` command: train, ptq, eval, export."""
+"""The `lrqat` command: train, ptq, eval, export, import, formats."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from exporters.commands import TARGETS_HELP, formats_flags, grid_for, import_flags
 from lrqat.command import common_flags, run, set_threads, show, with_recipe
 from lrqat.errors import LrqatError
 from lrqat.settings import DTYPES, LOSSES, TRAIN_DTYPES, TrainSettings
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
 MODEL_HELP = "a Hugging Face directory, a hub id, or a GGUF file"
-SKIP_HELP = "leave linear layers whose name matches one of these regular expressions as they are"
+GRID_HELP = "w<bits>[g<group size>][-asym|-min], or a ggml type: w4g32, w3, q4_k"
+OVERRIDE_HELP = (
+    "another grid for some weights: 're:.*down_proj=w8g32' (a regular expression from the name's start), lm_head=q6_k "
+    "(a part of the name), or =dense; the last that matches wins. The only way to quantize head and embeddings"
+)
+SKIP_HELP = "leave what matches one of these regular expressions, anywhere in its name, as it is"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +51,22 @@ def make_parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_ptq(commands)
     add_eval(commands)
+    formats_flags(
+        add_command(
+            commands,
+            "formats",
+            "which format and runtime takes which grid, and what to do instead",
+            "lrqat formats --model HuggingFaceTB/SmolLM2-135M --grid w4g64",
+        )
+    )
+    import_flags(
+        add_command(
+            commands,
+            "import",
+            "a quantized model as a fused checkpoint, integers untouched: from any format to any that carries its grid",
+            "lrqat import model-awq --out runs/imported && lrqat-export runs/imported --format gguf --out model.gguf",
+        )
+    )
     return parser
 
 
@@ -61,6 +83,13 @@ def add_command(commands: argparse._SubParsersAction, name: str, summary: str, e
     return parser
 
 
+def grid_flags(p: argparse.ArgumentParser) -> None:
+    """Which weights are quantized, and how."""
+    p.add_argument("--grid", help=f"{GRID_HELP} ({DEFAULTS['grid']})")
+    p.add_argument("--override", action="extend", nargs="+", metavar="PATTERN=GRID", help=OVERRIDE_HELP)
+    p.add_argument("--skip", action="extend", nargs="+", metavar="REGEX", help=SKIP_HELP)
+
+
 def add_train(commands: argparse._SubParsersAction) -> None:
     """`lrqat train`."""
     p = add_command(
@@ -73,7 +102,11 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--model", dest="model_flag", help=argparse.SUPPRESS)  # so that a recipe can name it
     p.add_argument("--out", help="the run's directory (required)")
     p.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    p.add_argument("--grid", help=f"w<bits>[g<group size>], for example w4g32 or w3 ({DEFAULTS['grid']})")
+    grid_flags(p)
+    p.add_argument("--for", dest="targets", metavar="TARGET,...", help=TARGETS_HELP)
+    p.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="with --for: GPUs a layer is split over (1)"
+    )
     p.add_argument("--method", choices=("lrqat",), help=f"how codes are trained ({DEFAULTS['method']})")
     p.add_argument(
         "--data",
@@ -100,7 +133,6 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--warmup", type=float, help=f"share of the steps ({DEFAULTS['warmup']})")
     p.add_argument("--range-p", type=float, help=f"exponent of the range search; 0 is min-max ({DEFAULTS['range_p']})")
-    p.add_argument("--skip", action="extend", nargs="+", metavar="REGEX", help=SKIP_HELP)
     p.add_argument("--dtype", choices=TRAIN_DTYPES, help=f"of activations and dense weights ({DEFAULTS['dtype']})")
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers in backward: less memory")
     p.add_argument("--seed", type=int, help=f"({DEFAULTS['seed']})")
@@ -119,10 +151,14 @@ def train_command(args: argparse.Namespace) -> int:
             raise LrqatError(f"train: {'MODEL' if name == 'model' else '--out'} is missing; see lrqat train --help")
     if given.get("range_p") == 0:
         given["range_p"] = None
-    for name in ("data", "skip"):
+    for name in ("data", "override", "skip"):
         if name in given:
             given[name] = tuple(given[name])
     settings = TrainSettings(**given)
+    if args.targets:
+        rules = (settings.override, settings.skip)
+        grid = grid_for(settings.model, args.grid, *rules, args.targets, args.tensor_parallel)
+        settings = dataclasses.replace(settings, grid=grid)
 
     from lrqat.train import Interrupted, train
 
@@ -145,19 +181,20 @@ def add_ptq(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("model", help=MODEL_HELP)
     p.add_argument("--out", required=True, help="the run's directory; the checkpoint is OUT/fused")
-    p.add_argument("--grid", default="w4g32", help="w<bits>[g<group size>] (w4g32)")
+    grid_flags(p)
     p.add_argument("--method", choices=("rtn",), default="rtn", help="round to nearest")
     p.add_argument("--range-p", type=float, default=3.5, help="exponent of the range search; 0 is min-max (3.5)")
-    p.add_argument("--skip", action="extend", nargs="+", default=[], metavar="REGEX", help=SKIP_HELP)
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the dense weights (bfloat16)")
     p.set_defaults(body=ptq_command)
 
 
 def ptq_command(args: argparse.Namespace) -> int:
     """Body of `lrqat ptq`."""
+    from lrqat.assign import Assignment
     from lrqat.grid import Grid
 
-    grid = Grid.parse(args.grid)
+    grid, override, skip = Grid.parse(args.grid or str(DEFAULTS["grid"])), args.override or [], args.skip or []
+    Assignment.make(grid, override, skip)  # refuses before anything heavy is imported
 
     import torch
 
@@ -166,9 +203,10 @@ def ptq_command(args: argparse.Namespace) -> int:
     from lrqat.ptq import quantize
 
     fused = quantize(
-        locate(args.model), grid, args.range_p or None, tuple(args.skip), getattr(torch, args.dtype), Path(args.out)
+        locate(args.model), grid, args.range_p or None, skip, getattr(torch, args.dtype), Path(args.out), override
     )
-    show({"grid": str(grid), **FusedCheckpoint.load(fused).counts(), "fused": str(fused)}, args.json)
+    counts = FusedCheckpoint.load(fused).counts()
+    show({"grid": str(grid), "override": override or None, **counts, "fused": str(fused)}, args.json)
     return 0
 
 

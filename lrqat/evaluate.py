@@ -60,7 +60,7 @@ def score(
     """Compare `model` with `reference` on blocks of token ids, each block its own context.
 
     Args:
-        model: a causal language model with a plain linear head.
+        model: a causal language model with a linear head, soft-capped or not.
         blocks_NT: int64 [N, T].
         reference: the full-precision model, or None.
         words: words that the blocks' text has, for the word perplexity.
@@ -69,17 +69,17 @@ def score(
     same = predicted = 0
     body, head = body_and_head(model)
     other_body, other_head = (None, None) if reference is None else body_and_head(reference)
-    for block_T in bar(blocks_NT.to(head.device), "evaluate"):
+    for block_T in bar(blocks_NT.to(head.weight_VH.device), "evaluate"):
         hidden_TH = hidden_states(body, block_T)
         other_TH = hidden_states(other_body, block_T) if other_body is not None else None
         for start in range(0, len(block_T) - 1, CHUNK_TOKENS):
             chunk = slice(start, min(start + CHUNK_TOKENS, len(block_T) - 1))
             next_C = block_T[chunk.start + 1 : chunk.stop + 1]
-            log_q_CV = (hidden_TH[chunk] @ head.T).float().log_softmax(1)
+            log_q_CV = head.logits(hidden_TH[chunk]).float().log_softmax(1)
             nats -= log_q_CV.gather(1, next_C[:, None]).double().sum().item()
             predicted += len(next_C)
             if other_TH is not None and other_head is not None:
-                log_p_CV = (other_TH[chunk] @ other_head.T).float().log_softmax(1)
+                log_p_CV = other_head.logits(other_TH[chunk]).float().log_softmax(1)
                 kl += (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(1).double().sum().item()
                 same += int((log_p_CV.argmax(1) == log_q_CV.argmax(1)).sum())
     compared = reference is not None

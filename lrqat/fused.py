@@ -184,11 +184,20 @@ class FusedCheckpoint:
         """The output head shares the embedding's tensor."""
         return bool(self.hf_config.get("tie_word_embeddings", False))
 
-    def counts(self) -> dict[str, int]:
-        """Parameters: how many are quantized, how many stay dense."""
+    def counts(self) -> dict[str, int | float]:
+        """Parameters that are quantized, skipped on request, and dense by nature; bits of all of them, on average."""
         quantized = sum(s.shape[0] * s.shape[1] for s in self.specs.values())
-        dense = sum(torch.Size(s.shape).numel() for s in self.dense_specs.values())
-        return {"quantized_weights": len(self.specs), "quantized": quantized, "dense": dense}
+        numel = {name: torch.Size(s.shape).numel() for name, s in self.dense_specs.items()}
+        skipped = sum(numel.get(name, 0) for name in self.provenance.get("skipped", ()))
+        bits = sum(s.grid.bits_per_weight(*s.shape) * s.shape[0] * s.shape[1] for s in self.specs.values())
+        bits += sum(8 * s.dtype.itemsize * numel[name] for name, s in self.dense_specs.items())
+        return {
+            "quantized_weights": len(self.specs),
+            "quantized": quantized,
+            "skipped": skipped,
+            "dense": sum(numel.values()) - skipped,
+            "bits_per_weight": bits / (quantized + sum(numel.values())),
+        }
 
     def save(self, directory: Path) -> Path:
         """Write the directory; it appears under its name only when complete, replacing a previous one."""
@@ -258,7 +267,7 @@ class FusedCheckpoint:
         if missing:
             raise LrqatError(f"{directory}: tensor {min(missing)} is in fused.json but in no safetensors file")
         dense_specs = {name: spec for name, spec in files.specs.items() if name not in parts}
-        stray = [n for n in dense_specs if n.endswith(".codes")]
+        stray = [n for n in dense_specs if n.endswith(".codes") or n.rpartition(".")[0] in specs]
         if stray:
             raise LrqatError(f"{directory}: tensor {stray[0]} belongs to no weight of fused.json")
 

@@ -1,18 +1,22 @@
-"""Swap a model's linear layers for quantized ones, and fuse the result."""
+"""Swap a model's matrices for quantized ones, as planned, and fuse the result."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrqat.console import bar
-from lrqat.errors import LrqatError
+from lrqat.experts import QuantExperts
 from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
+from lrqat.grid import Grid
 from lrqat.methods.base import WeightQuantizer
+from lrqat.plan import Plan
+from lrqat.sites import EXPERT, LINEAR, Site, checkpoint_tensors
+
+Make = Callable[[Site, Tensor, Grid], WeightQuantizer]
 
 
 class QuantLinear(nn.Module):
@@ -29,68 +33,64 @@ class QuantLinear(nn.Module):
         return output
 
 
-def linear_names(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
-    """Names of the linear layers to quantize: all but the output head and those that match a `skip` pattern.
+def swap(model: nn.Module, plan: Plan, make: Make) -> None:
+    """Put quantizers in the place of the planned weights, module by module, each freeing its weight; freeze the rest.
 
-    `skip` holds regular expressions that are searched in the module's name.
-    """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    try:
-        patterns = [re.compile(pattern) for pattern in skip]
-    except re.error as error:
-        raise LrqatError(f"skip: {error.pattern!r} is no regular expression ({error})") from None
-
-    def skipped(name: str) -> bool:
-        return any(pattern.search(name) for pattern in patterns)
-
-    names = [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and not skipped(name)
-    ]
-    known = set()
-    for module in model.modules():
-        if type(module) is nn.Linear or isinstance(module, nn.Embedding) or module is head:
-            known |= {id(parameter) for parameter in module.parameters()}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and id(parameter) not in known and not skipped(name):
-            raise LrqatError(
-                f"{type(model).__name__}: {name} {list(parameter.shape)} is in no linear layer (experts?), which lrqat "
-                "cannot quantize yet; leave it as it is with --skip"
-            )
-    if not names:
-        raise LrqatError(f"{type(model).__name__}: no linear layer to quantize; is `--skip` too wide?")
-    return names
-
-
-def swap_linears(
-    model: nn.Module, make: Callable[[str, Tensor], WeightQuantizer], skip: Sequence[str] = ()
-) -> list[str]:
-    """Replace linear layers in place, one at a time, each freeing its weight; everything else is frozen.
+    A head or an embedding keeps its layer: its weight becomes the rounded one, in the model's dtype, and with it a
+    head that is tied to it. The quantizer lies beside it with the codes.
 
     Args:
         model: a transformers causal language model.
-        make: (parameter name, weight [O, I]) -> quantizer.
-        skip: see `linear_names`.
-
-    Returns:
-        the parameter names of the quantized weights, as the HF checkpoint spells them.
+        plan: made for it, or for its skeleton (`lrqat.plan.plan`).
+        make: (site, weight [O, I], grid) -> quantizer.
     """
     model.requires_grad_(False)
-    swapped = []
-    for name in bar(linear_names(model, skip), "quantize"):
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        parent, _, child = name.rpartition(".")
-        quantizer = make(f"{name}.weight", linear.weight.detach())
-        setattr(model.get_submodule(parent), child, QuantLinear(quantizer, linear.bias))
-        swapped.append(f"{name}.weight")
-    return swapped
+    modules: dict[str, list[Site]] = {}
+    for site in plan.sites.values():
+        modules.setdefault(site.origin.parameter.rpartition(".")[0], []).append(site)
+    for path in bar([path for path, held in modules.items() if any(s.name in plan.grids for s in held)], "quantize"):
+        module: Any = model.get_submodule(path)
+
+        def quantizer(site: Site, weight_OI: Tensor) -> WeightQuantizer:
+            made = make(site, weight_OI, plan.grids[site.name])
+            made.name = site.name
+            return made
+
+        site = modules[path][0]
+        if site.kind == EXPERT:
+            model.set_submodule(path, split_experts(module, modules[path], plan, quantizer))
+        elif site.kind == LINEAR:
+            model.set_submodule(path, QuantLinear(quantizer(site, module.weight.detach()), module.bias))
+        else:
+            module.quantizer = quantizer(site, module.weight.detach())
+            module.weight.data = module.quantizer.weight(module.weight.dtype)
+
+
+def split_experts(
+    module: Any, sites: list[Site], plan: Plan, quantizer: Callable[[Site, Tensor], WeightQuantizer]
+) -> QuantExperts:
+    """The experts of one module, each matrix quantized or, where the plan leaves it dense, a linear layer."""
+    experts: list[dict[str, nn.Module]] = [{} for _ in range(module.num_experts)]
+    roles: dict[tuple[str, int | None], str] = {}
+    for site in sites:
+        origin, leaf = site.origin, site.name.removesuffix(".weight").rpartition(".")[2]
+        weight_OI = origin.of(module.get_parameter(origin.parameter.rpartition(".")[2])).detach()
+        if site.name in plan.grids:
+            layer: nn.Module = QuantLinear(quantizer(site, weight_OI), None)
+        else:
+            rows, columns = weight_OI.shape
+            layer = nn.Linear(columns, rows, bias=False, device="meta").requires_grad_(False)
+            layer.weight = nn.Parameter(weight_OI.clone(), requires_grad=False)
+        assert origin.expert is not None
+        experts[origin.expert][leaf] = layer
+        roles[origin.parameter.rpartition(".")[2], origin.half] = leaf
+    names = (roles["gate_up_proj", 0], roles["gate_up_proj", 1], roles["down_proj", None])
+    return QuantExperts(experts, names, module.act_fn)
 
 
 def quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:
-    """The quantizers of a swapped model, by the HF name of their weight."""
-    return {f"{name}.weight": m.quantizer for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    """The quantizers of a swapped model, by the checkpoint name of their weight."""
+    return {module.name: module for module in model.modules() if isinstance(module, WeightQuantizer)}
 
 
 def fuse_model(
@@ -126,17 +126,21 @@ def fuse_model(
 
 
 def effective_config(model: Any, hf_config: dict[str, Any]) -> dict[str, Any]:
-    """config.json with what transformers only implies: whether the head is tied, which decides what is stored."""
-    return {**hf_config, "tie_word_embeddings": bool(model.config.get_text_config().tie_word_embeddings)}
+    """config.json with what decides what is stored: whether the head is tied, as the model has it.
+
+    transformers does not tie what its config ties, where the file holds two different tensors.
+    """
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return {**hf_config, "tie_word_embeddings": tied}
 
 
 def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer that no quantizer owns, by HF name; a tied head only once."""
+    """Every parameter and persistent buffer that no quantizer owns, by checkpoint name; a tied head only once."""
+    owned = quantizers(model)
     dense: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if ".quantizer." in name or tensor.data_ptr() in seen:
-            continue
+    for name, tensor in checkpoint_tensors(model).items():
+        if tensor.data_ptr() not in seen and name not in owned:
+            dense[name] = tensor
         seen.add(tensor.data_ptr())
-        dense[name] = tensor.detach()
     return dense

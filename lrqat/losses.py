@@ -5,12 +5,15 @@
 
 Both have dL/dlogits = (q - p) / N with p the teacher's distribution or the one-hot target, so the gradient of
 the hidden states is formed in the forward pass, chunk by chunk, and nothing else is kept (as Liger-Kernel does
-for CE). The head is frozen. The teacher is present as its final hidden states alone (lrqat.teacher).
+for CE). The head is frozen. The teacher is present as its final hidden states alone (lrqat.teacher); where the
+student's head is rounded, the teacher's own head is needed too: V x H more in memory.
+
+Soft-capped logits (Gemma), z = cap tanh(W h / cap), have dz/d(W h) = 1 - (z / cap)^2.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +25,33 @@ CHUNK_TOKENS = 128  # tokens of one matrix product with the head
 CACHED_LOGITS = 1 << 18  # logits of one round of element-wise work: three float32 buffers fit in a core's L2 cache
 
 
+class Head(NamedTuple):
+    """An output head: logits = W h, or cap * tanh(W h / cap)."""
+
+    weight_VH: Tensor
+    cap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V]."""
+        logits = F.linear(hidden, self.weight_VH)
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
 class HeadLoss(torch.autograd.Function):
-    """Mean loss over tokens of softmax(W h), for a teacher's hidden states or target ids."""
+    """Mean loss over tokens of softmax(logits), for a teacher's hidden states or target ids."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, head_VH: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_TH: Tensor, head_VH: Tensor, cap: float | None, target: Tensor, teacher_VH: Tensor
+    ) -> Tensor:
         """Loss, float32 scalar.
 
         Args:
             hidden_TH: the student's final hidden states.
             head_VH: the head's weight.
+            cap: of the logits.
             target: int64 [T] next tokens (CE), or [T, H] the teacher's final hidden states (KD).
+            teacher_VH: the weight of the teacher's head.
         """
         tokens, words = len(hidden_TH), len(head_VH)
         total = torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
@@ -46,13 +65,18 @@ class HeadLoss(torch.autograd.Function):
             student_CV = torch.mm(hidden_TH[chunk], head_VH.T, out=q_CV[:count])
             teacher_CV = None
             if p_CV is not None:
-                teacher_CV = torch.mm(target[chunk].to(head_VH.dtype), head_VH.T, out=p_CV[:count])
+                teacher_CV = torch.mm(target[chunk].to(teacher_VH.dtype), teacher_VH.T, out=p_CV[:count])
             for first in range(0, count, step):
                 rows = slice(first, min(first + step, count))
+                slope_KV = None if cap is None else soft_cap(student_CV[rows], cap)
                 if teacher_CV is not None:
+                    if cap is not None:
+                        soft_cap(teacher_CV[rows], cap)
                     total += kd_rows(student_CV[rows], teacher_CV[rows])
                 else:
                     total += ce_rows(student_CV[rows], target[chunk][rows])
+                if slope_KV is not None:
+                    student_CV[rows].mul_(slope_KV)
             torch.mm(student_CV, head_VH, out=grad_TH[chunk])
         ctx.save_for_backward(grad_TH)
         ctx.tokens = tokens
@@ -63,7 +87,15 @@ class HeadLoss(torch.autograd.Function):
         """Gradient of the hidden states."""
         (grad_TH,) = ctx.saved_tensors
         # 1/tokens comes last, so that 16-bit logits hold q - p at full precision.
-        return (grad_TH * (grads[0].float() / ctx.tokens)).to(grad_TH.dtype), None, None
+        return (grad_TH * (grads[0].float() / ctx.tokens)).to(grad_TH.dtype), None, None, None, None
+
+
+def soft_cap(logits_KV: Tensor, cap: float) -> Tensor:
+    """z = cap * tanh(logits / cap) in place; returns dz/dlogits, float32."""
+    tanh_KV = logits_KV.div_(cap).tanh_()
+    slope_KV = 1 - tanh_KV.float().square()
+    tanh_KV.mul_(cap)
+    return slope_KV
 
 
 def kd_rows(student_KV: Tensor, teacher_KV: Tensor) -> Tensor:
@@ -98,30 +130,47 @@ def exponentials(logits_KV: Tensor) -> tuple[Tensor, Tensor]:
     return shifted.exp(), shifted
 
 
-def head_loss(hidden_BTH: Tensor, head_VH: Tensor, target: Tensor) -> Tensor:
-    """Mean loss per token; `target` is [B, T] token ids (CE) or [B, T, H] the teacher's hidden states (KD)."""
+def head_loss(hidden_BTH: Tensor, head: Head, target: Tensor, teacher_VH: Tensor | None = None) -> Tensor:
+    """Mean loss per token.
+
+    Args:
+        hidden_BTH: the student's final hidden states.
+        head: the student's head, frozen.
+        target: [B, T] token ids (CE) or [B, T, H] the teacher's hidden states (KD).
+        teacher_VH: the weight of the teacher's head, where it is not the student's.
+    """
     loss: Tensor = HeadLoss.apply(
-        hidden_BTH.flatten(0, 1), head_VH, target.flatten(0, 1) if target.dim() > 1 else target
+        hidden_BTH.flatten(0, 1),
+        head.weight_VH,
+        head.cap,
+        target.flatten(0, 1),
+        head.weight_VH if teacher_VH is None else teacher_VH,
     )
     return loss
 
 
-def body_and_head(model: Any) -> tuple[Any, Tensor]:
-    """(the model up to its final hidden states, the head's weight [V, H]), checked on a few tokens.
+def head_of(model: Any) -> Head:
+    """The head of a causal language model, with the soft cap that its config names."""
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return Head(model.get_output_embeddings().weight, cap)
+
+
+def body_and_head(model: Any) -> tuple[Any, Head]:
+    """(the model up to its final hidden states, its head), checked on a few tokens.
 
     Raises:
-        LrqatError: the head does more than a matrix product (soft-capping, scaling, a bias).
+        LrqatError: the head does more than a matrix product and soft-capping (scaling, a bias).
     """
-    head = model.get_output_embeddings()
     body = model.base_model
-    if head is None or body is model:
+    if model.get_output_embeddings() is None or body is model:
         raise LrqatError(f"{type(model).__name__}: expected a causal language model with an output head")
+    head = head_of(model)
     with torch.no_grad():
-        ids = torch.arange(8, device=head.weight.device)[None]
+        ids = torch.arange(8, device=head.weight_VH.device)[None]
         hidden = body(ids, use_cache=False).last_hidden_state
-        if not torch.equal(F.linear(hidden, head.weight), model(ids, use_cache=False).logits):
+        if not torch.equal(head.logits(hidden), model(ids, use_cache=False).logits):
             raise LrqatError(
-                f"{type(model).__name__}: its head is not a plain matrix product (soft-capping or scaling?); "
+                f"{type(model).__name__}: its head is no matrix product, soft-capped or not (scaling? a bias?); "
                 "lrqat does not know it yet"
             )
-    return body, head.weight
+    return body, head

@@ -30,6 +30,7 @@ from lrqat.gguf_file import GgufFile
 from lrqat.layers import dense_tensors
 from lrqat.pretokenizers import restore
 from lrqat.safestream import Entry, write_model
+from lrqat.sites import checkpoint_tensors
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -84,6 +85,7 @@ class Base:
                 f"{self.source}: {len(missing)} weights of {type(model).__name__} are not in it, the first is "
                 f"{missing[0]}; is config.json another model's?"
             )
+        model._weight_conversions = None  # names are the architecture's, whatever this file's were
         return model.eval()
 
     @cached_property
@@ -223,7 +225,7 @@ def fake_quant_model(checkpoint: FusedCheckpoint, dtype: torch.dtype = torch.flo
 
     config = build_config(checkpoint.hf_config, "fused checkpoint")
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
-    for name, target in model.state_dict(keep_vars=True).items():
+    for name, target in checkpoint_tensors(model).items():
         if name in checkpoint.tensors:
             target.copy_(checkpoint.tensors[name].dequantize())
         elif name in checkpoint.dense:

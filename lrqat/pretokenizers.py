@@ -20,6 +20,16 @@ CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 AFTER_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + AFTER_DIGITS
 QWEN2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + AFTER_DIGITS
+# A word also ends where a capital follows a small letter.
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+NO_LETTER = r"[^\r\n\p{L}\p{N}]?"
+AFTER_CASED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN = f"{NO_LETTER}{UPPER}*{LOWER}+|{NO_LETTER}{UPPER}+{LOWER}*" + r"|\p{N}" + AFTER_CASED
+GPT4O = (
+    f"{NO_LETTER}{UPPER}*{LOWER}+{CONTRACTIONS}?|{NO_LETTER}{UPPER}+{LOWER}*{CONTRACTIONS}?"
+    + r"|\p{N}{1,3}"
+    + AFTER_CASED
+)
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
@@ -42,7 +52,10 @@ PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer((_byte_level(True),)),
     "smollm": PreTokenizer(({"type": "Digits", "individual_digits": True}, _byte_level(True))),
     "llama-bpe": PreTokenizer((_split(LLAMA3), _byte_level(False)), ignore_merges=True),
+    "dbrx": PreTokenizer((_split(LLAMA3), _byte_level(False))),
     "qwen2": PreTokenizer((_split(QWEN2), _byte_level(False))),
+    "tekken": PreTokenizer((_split(TEKKEN), _byte_level(False)), ignore_merges=True),
+    "gpt-4o": PreTokenizer((_split(GPT4O), _byte_level(False))),
 }
 
 

@@ -120,4 +120,6 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's values as bytes, row-major, without a copy when it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride() != (1,):  # one value may count as contiguous whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lrqat.assign import Assignment
 from lrqat.errors import LrqatError
 from lrqat.grid import Grid
 
@@ -39,6 +40,7 @@ class TrainSettings:
     lr_scales: float = 4e-3
     warmup: float = 0.1
     range_p: float | None = 3.5
+    override: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     gradient_checkpointing: bool = False
@@ -46,7 +48,7 @@ class TrainSettings:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        Grid.parse(self.grid)
+        _ = self.assignment  # refuses grids and patterns that are none
         choices = {"loss": LOSSES, "dtype": TRAIN_DTYPES, "method": METHODS, "downcast": DOWNCASTS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -65,6 +67,11 @@ class TrainSettings:
             raise LrqatError(f"range_p: expected above 0 and at most {MAX_RANGE_P}, or min-max, got {self.range_p}")
         if not 0 <= self.warmup < 1:
             raise LrqatError(f"warmup: expected a share of the steps in [0, 1), got {self.warmup}")
+
+    @property
+    def assignment(self) -> Assignment:
+        """Which grid each weight gets."""
+        return Assignment.make(Grid.parse(self.grid), self.override, self.skip)
 
     @property
     def blocks_needed(self) -> int:

@@ -10,7 +10,6 @@ RUN/fused/          the fused checkpoint
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lrqat
 from lrqat.console import device, log, peak_memory_gb
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, read_json, write_json
 from lrqat.grid import Grid
-from lrqat.layers import fuse_model, linear_names, quantizers, swap_linears
+from lrqat.layers import fuse_model, quantizers, swap
 from lrqat.losses import body_and_head
+from lrqat.methods.base import WeightQuantizer
 from lrqat.methods.lr_qat import LRQAT
+from lrqat.methods.rounded import Rounded
 from lrqat.models import Base, locate
+from lrqat.plan import Plan, plan
+from lrqat.provenance import provenance
+from lrqat.ptq import rtn
 from lrqat.ranges import start
 from lrqat.safestream import tensor_bytes
 from lrqat.settings import TrainSettings
+from lrqat.sites import TRAINED, Site
 from lrqat.teacher import Blocks, cache_teacher
 from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint, read_metrics
 
@@ -50,9 +54,8 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     out = Path(settings.out)
     if (out / "run.json").exists() and not resume:
         raise LrqatError(f"{out}: holds a run already; go on with --resume, or name another --out")
-    grid = Grid.parse(settings.grid)
     base = locate(settings.model)
-    check_shapes(base, grid, settings)
+    decided = plan(base.skeleton(), settings.assignment, settings.rank)
     dtype = getattr(torch, settings.dtype)
     text_NT = blocks(settings.data, base.tokenizer, settings.seq_len, enough=settings.blocks_needed)
     blocks_NT = shuffled(text_NT, settings)
@@ -62,18 +65,22 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         if (out / "summary.json").is_file() and (out / "fused" / "fused.json").is_file():
             log(f"{out}: complete already")
             return read_json(out / "summary.json")
+    log(f"{settings.model}: {decided}")
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
     model = base.model(dtype).to(device())
-    body, head_VH = body_and_head(model)
+    body, head = body_and_head(model)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "run.json", fingerprint)
     teacher = None
     if settings.loss == "kd":
         teacher = out / "teacher.npy"
         key = f"{fingerprint['base_sha256']} {fingerprint['data_sha256']} {settings.dtype}"
-        cache_teacher(teacher, body, blocks_NT, head_VH.shape[1], dtype, key)
-    swap_for_training(model, grid, settings)
-    trainer = make_trainer(model, Blocks(blocks_NT, teacher, dtype), settings, out)
+        cache_teacher(teacher, body, blocks_NT, head.weight_VH.shape[1], dtype, key)
+    head_VH = head.weight_VH.detach()
+    swap_for_training(model, decided, settings)
+    teacher_VH = head_VH if teacher and model.get_output_embeddings().weight.data_ptr() != head_VH.data_ptr() else None
+    del head, head_VH
+    trainer = make_trainer(model, Blocks(blocks_NT, teacher, dtype), settings, out, teacher_VH)
     stop = StopOnSignal()
     trainer.add_callback(stop)
     checkpoint = last_checkpoint(out / "checkpoints") if resume else None
@@ -83,7 +90,9 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; go on with --resume")
 
     moved = moved_codes(model)
-    checkpoint_out = fuse_model(model, base.config, base.assets, provenance(settings, fingerprint))
+    checkpoint_out = fuse_model(
+        model, base.config, base.assets, provenance(settings.method, skipped=decided.skipped, **fingerprint)
+    )
     log(f"writing {out / 'fused'}")
     checkpoint_out.save(out / "fused")
     summary = write_summary(
@@ -92,18 +101,6 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     for left in (out / "teacher.npy", out / "teacher.json"):
         left.unlink(missing_ok=True)
     return summary
-
-
-def check_shapes(base: Base, grid: Grid, settings: TrainSettings) -> None:
-    """Refuse a grid that does not divide, from the config alone, before any weight is loaded."""
-    model = base.skeleton()
-    for name in linear_names(model, settings.skip):
-        rows, columns = model.get_submodule(name).weight.shape
-        grid.columns_per_group(columns, f"{name}.weight")
-        if settings.rank > min(rows, columns):
-            raise LrqatError(
-                f"{name}.weight: rank {settings.rank} exceeds {rows}x{columns}; use --rank {min(rows, columns)}"
-            )
 
 
 def shuffled(blocks_NT: Tensor, settings: TrainSettings) -> Tensor:
@@ -138,14 +135,16 @@ def check_fingerprint(path: Path, now: dict[str, Any]) -> None:
             raise LrqatError(f"{path}: the {what} has changed since the run was started; start a new run")
 
 
-def swap_for_training(model: Any, grid: Grid, settings: TrainSettings) -> None:
-    """Put an LRQAT quantizer in the place of every linear layer."""
+def swap_for_training(model: Any, decided: Plan, settings: TrainSettings) -> None:
+    """Put an LRQAT quantizer in the place of every linear layer and expert; round head and embeddings, if asked to."""
     generator = torch.Generator().manual_seed(settings.seed)
 
-    def make(name: str, weight_OI: Tensor) -> LRQAT:
+    def make(site: Site, weight_OI: Tensor, grid: Grid) -> WeightQuantizer:
+        if site.kind not in TRAINED:
+            return Rounded(rtn(weight_OI, grid, settings.range_p, site.name), weight_OI.device)
         return LRQAT(
             weight_OI,
-            start(weight_OI, grid, settings.range_p, name),
+            start(weight_OI, grid, settings.range_p, site.name),
             grid,
             rank=settings.rank,
             alpha=settings.rank if settings.alpha is None else settings.alpha,
@@ -154,17 +153,19 @@ def swap_for_training(model: Any, grid: Grid, settings: TrainSettings) -> None:
             generator=generator,
         )
 
-    swap_linears(model, make, settings.skip)
+    swap(model, decided, make)
 
 
-def make_trainer(model: Any, data: Blocks, settings: TrainSettings, out: Path) -> LowRankTrainer:
+def make_trainer(
+    model: Any, data: Blocks, settings: TrainSettings, out: Path, teacher_VH: Tensor | None = None
+) -> LowRankTrainer:
     """AdamW (0.9, 0.95), no decay, warm-up then linear decay, gradients clipped to 1: the paper's settings."""
     from transformers import TrainingArguments, get_linear_schedule_with_warmup
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loss_model = LossModel(model)
+    loss_model = LossModel(model, teacher_VH)
     trained = loss_model.trained()
     groups = [
         {"params": [p for n, p in trained.items() if ".gains." not in n], "lr": settings.lr},
@@ -201,31 +202,16 @@ def make_trainer(model: Any, data: Blocks, settings: TrainSettings, out: Path) -
 
 
 def moved_codes(model: Any) -> float:
-    """Share of the weights whose code differs from the start's, which is round(Phi0)."""
+    """Share of the trained weights whose code differs from the start's, which is round(Phi0)."""
     moved = total = 0
     for quantizer in quantizers(model).values():
-        assert isinstance(quantizer, LRQAT)
+        if not isinstance(quantizer, LRQAT):
+            continue
         grid, affine = quantizer.grid, quantizer.affine()
         for rows in quantizer.tiles():
             moved += int((quantizer.levels(rows, affine) != grid.nearest(quantizer.frozen(rows))).sum())
         total += quantizer.shape[0] * quantizer.shape[1]
     return moved / total
-
-
-def provenance(settings: TrainSettings, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Where the codes come from, for fused.json."""
-    import transformers
-
-    return {
-        "method": settings.method,
-        **fingerprint,
-        "versions": {
-            "lrqat": lrqat.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
 
 
 def write_summary(
@@ -237,6 +223,7 @@ def write_summary(
     tail = [row["loss"] for row in metrics[-max(1, len(metrics) // 10) :]]
     summary = {
         "grid": settings.grid,
+        "override": list(settings.override) or None,
         "method": settings.method,
         "steps": settings.steps,
         "loss_first": metrics[0]["loss"],

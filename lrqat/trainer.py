@@ -25,23 +25,31 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from lrqat.console import log, peak_memory_gb
 from lrqat.errors import LrqatError
 from lrqat.fused import read_json
-from lrqat.losses import head_loss
+from lrqat.losses import head_loss, head_of
 
 
 class LossModel(nn.Module):
-    """A causal language model that maps token ids (and a teacher's states) to the loss alone."""
+    """A causal language model that maps token ids (and a teacher's states) to the loss alone.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: a swapped model.
+        teacher_VH: the weight of the teacher's head, where the model's own is rounded.
+    """
+
+    teacher_VH: Tensor | None
+
+    def __init__(self, model: Any, teacher_VH: Tensor | None = None) -> None:
         super().__init__()
         self.model = model
+        self.register_buffer("teacher_VH", teacher_VH, persistent=False)
 
     def forward(self, input_ids: Tensor, teacher: Tensor | None = None) -> dict[str, Tensor]:
         """KD against the teacher's final hidden states [B, T, H] if given, else next-token CE."""
         hidden_BTH = self.model.base_model(input_ids, use_cache=False).last_hidden_state
-        head_VH = self.model.get_output_embeddings().weight
+        head = head_of(self.model)
         if teacher is not None:
-            return {"loss": head_loss(hidden_BTH, head_VH, teacher)}
-        return {"loss": head_loss(hidden_BTH[:, :-1], head_VH, input_ids[:, 1:])}
+            return {"loss": head_loss(hidden_BTH, head, teacher, self.teacher_VH)}
+        return {"loss": head_loss(hidden_BTH[:, :-1], head, input_ids[:, 1:])}
 
     def trained(self) -> dict[str, Tensor]:
         """The parameters that training changes."""

@@ -17,18 +17,20 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import lrqat
-from exporters import dense, gguf, gptq
+from exporters import dense, gguf
+from exporters.compressed_tensors import meets_int8
+from exporters.formats import FORMATS, as_stored, detect
 from exporters.verify import count_equal
+from lrqat.activations import round_inputs
 from lrqat.console import log
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
@@ -37,7 +39,7 @@ from lrqat.grid import Affine, to_latent
 from lrqat.grids.affine import AffineGrid
 from lrqat.models import fake_quant_model, fused_tokenizer
 from lrqat.ptq import rtn
-from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, Comparison, Limits, within
+from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, VLLM_INT8, Comparison, Limits, within
 
 CERTIFICATE_VERSION = 1
 TOLD_APART = 3  # a re-rounded model must be outside the limits, or at least so many times as far as the exported one
@@ -53,6 +55,7 @@ class Runtime:
 
     name: str
     limits: Limits
+    int8_activations: bool
     read: Callable[[Path], FusedCheckpoint]
     write: Callable[[FusedCheckpoint, Path], Path]
     write_exact: Callable[[FusedCheckpoint, Path], Path]
@@ -80,6 +83,7 @@ def llamacpp(threads: int) -> Runtime:
     return Runtime(
         "llama.cpp",
         LLAMACPP,
+        False,
         gguf.read,
         lambda checkpoint, folder: gguf.write(checkpoint, folder / "requantized.gguf"),
         lambda checkpoint, folder: gguf.write(checkpoint, folder / "f32.gguf", dequantized=True),
@@ -88,9 +92,13 @@ def llamacpp(threads: int) -> Runtime:
     )
 
 
-def vllm(threads: int, python: str, dtype: str) -> Runtime:
-    """vLLM, in a process of `python`'s environment."""
+def vllm(exported: Path, threads: int, python: str, dtype: str) -> Runtime:
+    """vLLM for the format of `exported`, in a process of `python`'s environment."""
     from serve.vllm_logprobs import run
+
+    wire = FORMATS[detect(exported)]
+    int8 = wire.read(exported).provenance.get("activations") == "int8"
+    options = {"activations": "int8"} if int8 else {}
 
     def logits(path: Path, sequences: list[list[int]], work: Path, exact: bool) -> tuple[str, list[np.ndarray]]:
         folder = work / f"vllm-{path.name}"
@@ -102,9 +110,10 @@ def vllm(threads: int, python: str, dtype: str) -> Runtime:
 
     return Runtime(
         "vllm",
-        VLLM_FLOAT16 if dtype == "float16" else VLLM_BFLOAT16,
-        gptq.read,
-        lambda checkpoint, folder: gptq.write(checkpoint, folder / "requantized"),
+        VLLM_INT8 if int8 else VLLM_FLOAT16 if dtype == "float16" else VLLM_BFLOAT16,
+        int8,
+        wire.read,
+        lambda checkpoint, folder: wire.write(checkpoint, folder / "requantized", **options),
         lambda checkpoint, folder: dense.write(checkpoint, folder / "dense"),
         logits,
         None,
@@ -114,12 +123,10 @@ def vllm(threads: int, python: str, dtype: str) -> Runtime:
 def runtime_for(exported: Path, name: str | None, *, threads: int, python: str, dtype: str) -> Runtime:
     """The runtime named, or the one that reads this format."""
     exported = Path(exported)
-    if not exported.exists():
-        raise LrqatError(f"{exported}: no such file or directory; write it with lrqat-export")
-    native = "llama.cpp" if exported.is_file() else "vllm"
+    native = "llama.cpp" if detect(exported) == "gguf" else "vllm"
     if name not in (None, native):
         raise LrqatError(f"{exported}: {name} does not read this format; use --runtime {native}")
-    return llamacpp(threads) if native == "llama.cpp" else vllm(threads, python, dtype)
+    return llamacpp(threads) if native == "llama.cpp" else vllm(exported, threads, python, dtype)
 
 
 def requantized(checkpoint: FusedCheckpoint) -> FusedCheckpoint:
@@ -147,7 +154,7 @@ def certify(
 
     Args:
         fused: the fused checkpoint's directory.
-        exported: a GGUF file or a GPTQ directory.
+        exported: what lrqat-export wrote.
         runtime: see `runtime_for`.
         texts: sources as `lrqat.data.blocks` takes them; empty for the default text.
         count: sequences to compare on.
@@ -156,7 +163,7 @@ def certify(
     """
     checkpoint = FusedCheckpoint.load(fused)
     log(f"weights: comparing {exported} with {fused}")
-    equal, total, differing = count_equal(checkpoint, runtime.read(exported))
+    equal, total, differing = count_equal(as_stored(checkpoint, detect(exported)), runtime.read(exported))
     tokenizer = fused_tokenizer(checkpoint)
     sequences = blocks(texts, tokenizer, length, count).tolist()
     tokens_equal = (
@@ -165,14 +172,17 @@ def certify(
     with tempfile.TemporaryDirectory(prefix="lrqat-parity-") as folder:
         work = Path(folder)
         log(f"reference: {len(sequences)} x {length} tokens through transformers, float32")
-        reference = reference_logits(checkpoint, sequences, work)
+        reference = reference_logits(checkpoint, sequences, work, runtime.int8_activations)
 
         def measure(label: str, path: Path, limits: Limits, exact: bool) -> tuple[str, dict[str, Any]]:
             log(f"{label}: {path.name} through {runtime.name}")
             build, found = runtime.logits(path, sequences, work, exact)
+            expected = reference
+            if exact and runtime.int8_activations:  # dense weights meet activations that nobody rounded
+                expected = reference_logits(checkpoint, sequences, work, False)
             comparison = Comparison()
             for number, ids in enumerate(sequences):
-                comparison.add(reference[number], found[number], ids)
+                comparison.add(expected[number], found[number], ids)
             figures = comparison.figures()
             if runtime.tokenize is None:
                 figures["relative_l2"] = math.nan  # vLLM gives log-probabilities, which have another norm
@@ -221,13 +231,18 @@ def certify(
     )
 
 
-def reference_logits(checkpoint: FusedCheckpoint, sequences: list[list[int]], work: Path) -> list[np.ndarray]:
-    """Logits of the fake-quant model, mapped from files."""
+def reference_logits(
+    checkpoint: FusedCheckpoint, sequences: list[list[int]], work: Path, int8_activations: bool
+) -> list[np.ndarray]:
+    """Logits of the fake-quant model, mapped from files; with inputs rounded per token where the kernels do so."""
     model = fake_quant_model(checkpoint)
+    if int8_activations:
+        rounded = [name for name, spec in checkpoint.specs.items() if meets_int8(spec.grid)]
+        round_inputs(model, [name.removesuffix(".weight") for name in rounded])
     found = []
     with torch.no_grad():
         for number, ids in enumerate(sequences):
-            target = work / f"reference-{number}.npy"
+            target = work / f"reference-{number}-{'int8' if int8_activations else 'plain'}.npy"
             np.save(target, model(torch.tensor([ids]), use_cache=False).logits[0].numpy())
             found.append(np.load(target, mmap_mode="r"))
     return found

@@ -102,11 +102,11 @@ def trained_model_dir(tmp_path_factory: pytest.TempPathFactory, prose: list[str]
     hf_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     config = LlamaConfig(
         vocab_size=len(hf_tokenizer),
-        hidden_size=192,
+        hidden_size=256,  # so that super-blocks fit
         intermediate_size=512,
         num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=1,

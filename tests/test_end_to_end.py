@@ -13,7 +13,7 @@ import torch
 
 import exporters.cli
 import lrqat.cli
-from exporters import gguf, gptq
+from exporters import formats
 from lrqat.fused import FusedCheckpoint
 from lrqat.gguf_file import GgufFile
 
@@ -48,7 +48,8 @@ def run(trained_model_dir: Path, prose: list[str], tmp_path_factory: pytest.Temp
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`lrqat-export` into every format."""
     folder = tmp_path_factory.mktemp("exported")
-    found = {"gguf": folder / "model.gguf", "f32": folder / "reference.gguf", "gptq": folder / "gptq"}
+    found = {"gguf": folder / "model.gguf", "f32": folder / "reference.gguf"}
+    found |= {form: folder / form for form in ("gptq", "awq", "compressed-tensors")}
     for name, path in found.items():
         flags = ["--format", "gguf", "--reference"] if name == "f32" else ["--format", name]
         assert exporters.cli.main([str(run), *flags, "--out", str(path)]) == 0
@@ -95,19 +96,56 @@ def test_training_beats_rounding_on_text_it_never_saw(
 
 def test_every_format_decodes_to_the_trained_weights_bit_for_bit(run: Path, exported: dict[str, Path]) -> None:
     checkpoint = FusedCheckpoint.load(run)
-    from_gguf, from_f32, from_gptq = (
-        gguf.read(exported["gguf"]),
-        gguf.read(exported["f32"]),
-        gptq.read(exported["gptq"]),
-    )
     assert len(checkpoint.tensors) == 7 * LAYERS
-    for name, fused in checkpoint.tensors.items():
-        weight_OI = fused.dequantize()
-        for found in (from_gguf, from_f32, from_gptq):
-            assert torch.equal(found[name], weight_OI), name
-    for name, dense in checkpoint.dense.items():
-        for found in (from_gguf, from_f32, from_gptq):
-            assert torch.equal(found[name].float(), dense.float()), name
+    for form, path in exported.items():
+        found = formats.read(path)
+        for name, fused in checkpoint.tensors.items():
+            stored = found.dense[name] if form == "f32" else found.tensors[name].dequantize()
+            assert torch.equal(stored, fused.dequantize()), (form, name)
+        for name, dense in checkpoint.dense.items():
+            assert torch.equal(found.dense[name].float(), dense.float()), (form, name)
+
+
+def test_a_model_moves_between_formats_without_touching_a_float(exported: dict[str, Path], tmp_path: Path) -> None:
+    steps = [("gguf", "awq"), ("awq", "compressed-tensors"), ("compressed-tensors", "gptq"), ("gptq", "gguf")]
+    path = exported["gguf"]
+    for number, (_, form) in enumerate(steps):
+        assert lrqat.cli.main(["import", str(path), "--out", str(tmp_path / f"run{number}")]) == 0
+        path = tmp_path / (f"{number}.gguf" if form == "gguf" else str(number))
+        assert exporters.cli.main([str(tmp_path / f"run{number}"), "--format", form, "--out", str(path)]) == 0
+    first, last = GgufFile(exported["gguf"]), GgufFile(path)
+    for name, info in first.tensors.items():
+        nbytes = info.shape[0] * info.shape[1] // 32 * 18 if info.ggml_type == 2 else math.prod(info.shape) * 2
+        assert last.tensors[name].ggml_type == info.ggml_type
+        assert first.read(name, nbytes) == last.read(name, nbytes), name
+
+
+def test_every_export_has_a_card_that_says_how_to_run_it(exported: dict[str, Path]) -> None:
+    for form, path in exported.items():
+        card = (path / "README.md" if path.is_dir() else path.with_suffix(".card.md")).read_text(encoding="utf-8")
+        assert card.startswith("---\n") and "w4g32 (14 weights)" in card and str(path) in card
+        assert ("llama-server" if form in ("gguf", "f32") else "vllm serve") in card
+
+
+def test_training_on_k_quants_beats_rounding_and_llama_cpp_runs_the_very_blocks(
+    trained_model_dir: Path, prose: list[str], held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.txt").write_text(prose[0], encoding="utf-8")
+    mix = ["--grid", "q2_k", "--override", "down_proj=q4_k"]
+    words = ["--data", str(tmp_path / "train.txt"), "--steps", "30", "--rank", "8", "--batch-size", "4"]
+    model, run, rtn = str(trained_model_dir), tmp_path / "run", tmp_path / "rtn"
+    assert lrqat.cli.main(["train", model, *mix, *words, "--seq-len", "128", "--threads", "1", "--out", str(run)]) == 0
+    assert lrqat.cli.main(["ptq", model, *mix, "--out", str(rtn)]) == 0
+    reference = ["--reference", model]
+    trained = scores(run / "fused", held_out, capsys, *reference)
+    rounded = scores(rtn / "fused", held_out, capsys, *reference)
+    assert trained["kl"] < 0.6 * rounded["kl"]
+    path = tmp_path / "mix.gguf"
+    assert exporters.cli.main([str(run), "--format", "gguf", "--out", str(path)]) == 0
+    kinds = {name: info.ggml_type for name, info in GgufFile(path).tensors.items() if name.startswith("blk.0.ffn")}
+    assert kinds["blk.0.ffn_down.weight"] == 12 and kinds["blk.0.ffn_up.weight"] == 10  # Q4_K and Q2_K
+    status, found, _ = certificate(run, path, held_out)
+    assert status == 0 and found["weights"]["equal"] == 7 * LAYERS, json.dumps(found, indent=1)
 
 
 def test_the_quantized_files_are_a_fraction_of_the_reference(exported: dict[str, Path]) -> None:

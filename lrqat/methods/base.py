@@ -31,7 +31,10 @@ class WeightQuantizer(nn.Module):
     Attributes:
         grid: the grid of the codes.
         shape: (O, I) of the weight.
+        name: the weight's parameter name in checkpoints, once it is part of a model.
     """
+
+    name = "weight"
 
     def __init__(self, grid: Grid, shape: tuple[int, int]) -> None:
         super().__init__()

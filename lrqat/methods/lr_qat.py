@@ -12,8 +12,7 @@ straight-through estimator (nearest' = 1 inside the range, 0 outside) gives
     dL/du = dL/dW * s * [u inside],   dA = (alpha/r) dL/du B^T,   dB = (alpha/r) A^T dL/du,
     ds    = sum over the group of dL/dW * level,   dm = sum of dL/dW         (Phi0 is frozen at s0, m0)
 
-Parts are trained by gains, s = wire(s0 * gain): Adam's step on a gain is relative, so one learning rate fits
-layers whose scales differ by orders of magnitude.
+Parts are trained by gains (`lrqat.methods.gains`).
 
 Unlike in the paper's eq. 7, the fixed point never leaves its code: rounding W0/s0 to a fraction first and to a code
 later would move codes near .5, and training would start beside its own start. Where that would happen, the fraction
@@ -27,12 +26,13 @@ from torch import Tensor, nn
 
 from lrqat.errors import LrqatError
 from lrqat.grid import Affine, Grid, Parts, to_latent
-from lrqat.methods.base import Tile, WeightQuantizer
+from lrqat.methods.base import Tile
+from lrqat.methods.gains import GainQuantizer
 from lrqat.ranges import row_tiles
 from lrqat.settings import DOWNCASTS
 
 
-class LRQAT(WeightQuantizer):
+class LRQAT(GainQuantizer):
     """LR-QAT of one weight.
 
     Args:
@@ -61,7 +61,7 @@ class LRQAT(WeightQuantizer):
         generator: torch.Generator,
     ) -> None:
         rows, columns = weight_OI.shape
-        super().__init__(grid, (rows, columns))
+        super().__init__(grid, (rows, columns), start, learn_scales)
         if downcast not in DOWNCASTS:
             raise LrqatError(f"downcast: expected one of {', '.join(DOWNCASTS)}, got {downcast!r}")
         if not 1 <= rank <= min(rows, columns):
@@ -69,12 +69,6 @@ class LRQAT(WeightQuantizer):
         self.downcast = downcast
         self.multiplier = alpha / rank
         self.register_buffer("phi", self._store(weight_OI, grid.affine(start)), persistent=False)
-        self.start = nn.Module()
-        for name, part in start.items():
-            self.start.register_buffer(name, part, persistent=False)
-        self.gains = nn.ParameterDict(
-            {name: nn.Parameter(torch.ones_like(start[name])) for name in grid.learned if learn_scales}
-        )
         a_OR = torch.empty(rows, rank)
         nn.init.kaiming_uniform_(a_OR, a=5**0.5, generator=generator)
         self.a_OR = nn.Parameter(a_OR.to(weight_OI.device))
@@ -98,18 +92,6 @@ class LRQAT(WeightQuantizer):
                 tiles.append(self._pack(self.grid.encode(levels_KI)))
         return torch.cat(tiles)
 
-    def _pack(self, codes_KI: Tensor) -> Tensor:
-        """Two codes a byte, even columns in the low nibble: 3, 10 -> 0xa3; above 4 bits one code a byte."""
-        if self.grid.bits > 4 or codes_KI.shape[1] % 2:
-            return codes_KI
-        return codes_KI[:, 0::2] | (codes_KI[:, 1::2] << 4)
-
-    def _unpack(self, packed: Tensor) -> Tensor:
-        """Inverse of `_pack`."""
-        if packed.shape[1] == self.shape[1]:
-            return packed
-        return torch.stack((packed & 15, packed >> 4), dim=2).view(packed.shape[0], self.shape[1])
-
     def frozen(self, rows: slice) -> Tensor:
         """Phi0, float32 [rows, I]."""
         if self.downcast == "int":
@@ -124,10 +106,6 @@ class LRQAT(WeightQuantizer):
     def latent(self, rows: slice, affine: Affine) -> Tensor:
         """u = Phi0 + (alpha/r) A B."""
         return self.frozen(rows).addmm_(self.a_OR[rows].detach(), self.b_RI.detach(), alpha=self.multiplier)
-
-    def parts(self) -> dict[str, Tensor]:
-        """wire(start * gain)."""
-        return self.grid.learn(dict(self.start.named_buffers()), dict(self.gains))
 
     def large(self) -> dict[str, nn.Parameter]:
         """A and B."""

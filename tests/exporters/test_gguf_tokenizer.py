@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from exporters import gguf
 from exporters.gguf_tokenizer import (
@@ -21,8 +23,8 @@ from exporters.gguf_tokenizer import (
     tokenizer_fields,
 )
 from lrqat.errors import LrqatError
-from lrqat.fused import FusedCheckpoint, Lazy, SafetensorsDirectory, read_assets, read_json
-from lrqat.pretokenizers import LLAMA3, QWEN2
+from lrqat.fused import FusedCheckpoint, SafetensorsDirectory, Spec, read_assets, read_json
+from lrqat.pretokenizers import GPT4O, LLAMA3, PRE_TOKENIZERS, QWEN2, TEKKEN
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -32,6 +34,11 @@ HARD_TEXT = (
     "\tdef f(x):\n\n\n        return {'a': x**2}  # tabs\t\tand   runs     of spaces \r\n"
     "<|im_start|>user\n <|im_end|><|endoftext|>  end  "
 )
+# Words that a pre-tokenizer splits, or not, where small letters become capitals.
+CASES = (
+    "camelCase HTTPServer McDonald iPhone ABCdef XMLHttpRequest2 don'T IT'S ÀÉÎõü ÖsterReich ЖуковСКИЙ 大文字ABC ǅemal"
+)
+SPACES = "hello the  the    hello<s> the</s><tool>hello a         b <tool>  the <|user|> hello \n <|end|>\n\n the <b>t"
 
 
 def translate(directory: Path, change: Change = lambda tokenizer: None, **config: Any) -> TokenizerFields:
@@ -74,7 +81,11 @@ def test_a_byte_level_tokenizer_keeps_its_tokens_merges_and_ids(tiny_model_dir: 
         (byte_level(True), False, None, "gpt-2"),
         (sequence({"type": "Digits", "individual_digits": True}, byte_level(True)), False, None, "smollm"),
         (sequence(split(LLAMA3), byte_level(False)), True, None, "llama-bpe"),
+        (sequence(split(LLAMA3), byte_level(False)), False, None, "dbrx"),
+        (sequence({**split(LLAMA3), "behavior": "Removed", "invert": True}, byte_level(False)), False, None, "dbrx"),
         (sequence(split(QWEN2), byte_level(False)), False, {"type": "NFC"}, "qwen2"),
+        (sequence(split(TEKKEN), byte_level(False)), True, None, "tekken"),
+        (sequence(split(GPT4O), byte_level(False)), False, None, "gpt-4o"),
     ],
 )
 def test_the_pre_tokenizers_structure_gives_llama_cpps_name(
@@ -228,12 +239,100 @@ def with_bos(tokenizer: dict[str, Any]) -> None:
     tokenizer["post_processor"] = {"type": "TemplateProcessing", **template}
 
 
-def with_pre_tokenizer(*steps: dict[str, Any], ignore_merges: bool = False) -> Change:
+def with_pre_tokenizer(*steps: dict[str, Any], ignore_merges: bool = False, train: bool = False) -> Change:
     def change(tokenizer: dict[str, Any]) -> None:
         tokenizer["pre_tokenizer"] = sequence(*steps)
         tokenizer["model"]["ignore_merges"] = ignore_merges
+        if train:
+            trained(tokenizer)
 
     return change
+
+
+def gemma(tokenizer: dict[str, Any]) -> None:
+    """Gemma's: no space before the text; runs of spaces and tags added; merges in the order of its converter."""
+    sentencepiece(tokenizer)
+    vocab = tokenizer["model"]["vocab"]
+    pieces = ["▁" * n for n in range(2, 9)] + ["\n", "\n\n", "<b>"]
+    for piece in pieces:
+        vocab.setdefault(piece, len(vocab))
+    merges = [["▁" * n, "▁" * m] for n in range(1, 8) for m in range(1, 9 - n)]
+    merges.sort(key=lambda pair: (len(pair[0]), len(pair[1])), reverse=True)
+    tokenizer["model"]["merges"] = merges + [m for m in tokenizer["model"]["merges"] if "▁▁" not in "".join(m)]
+    flags = {"special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokenizer["added_tokens"][-1]["id"] = len(vocab)
+    tokenizer["added_tokens"] += [{"id": vocab[piece], "content": piece, **flags} for piece in pieces]
+    tokenizer["added_tokens"] += [{"id": 448, "content": "<image>", **flags, "special": True}]
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    tokenizer["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
+
+
+def phi3(tokenizer: dict[str, Any]) -> None:
+    """Phi 3's: Llama's, with special tokens that strip what is to their right."""
+    sentencepiece(tokenizer)
+    tokenizer["added_tokens"][-1]["rstrip"] = True
+    flags = {"single_word": False, "lstrip": False, "normalized": False}
+    more = [("<|endoftext|>", True, False), ("<|user|>", True, True), ("<|end|>", True, True)]
+    first = len(tokenizer["model"]["vocab"]) + 1
+    tokenizer["added_tokens"] += [
+        {"id": first + i, "content": token, "special": special, "rstrip": strips, **flags}
+        for i, (token, special, strips) in enumerate(more)
+    ]
+    tokenizer["added_tokens"][2].update(rstrip=True, special=False)
+
+
+def test_gemmas_spaces_are_merged_and_printed_as_spaces(tiny_model_dir: Path) -> None:
+    fields = translate(tiny_model_dir, gemma)
+    ids = {token: i for i, token in enumerate(fields.tokens)}
+    assert not fields.add_space_prefix and "<image>" not in ids
+    assert [fields.types[ids[token]] for token in ("▁▁", "\n\n", "<b>")] == [NORMAL, USER_DEFINED, USER_DEFINED]
+
+
+def test_merges_of_spaces_that_scores_cannot_express_are_refused(tiny_model_dir: Path) -> None:
+    def shortest_first(tokenizer: dict[str, Any]) -> None:
+        gemma(tokenizer)
+        tokenizer["model"]["merges"].sort(key=lambda pair: len(pair[0]))
+
+    with pytest.raises(LrqatError, match=r"merges to '▁+' are apart"):
+        translate(tiny_model_dir, shortest_first)
+
+
+def test_the_name_of_the_file_tells_llama_cpp_whether_special_tokens_strip(tiny_model_dir: Path) -> None:
+    stripping, plain = translate(tiny_model_dir, phi3), translate(tiny_model_dir, sentencepiece)
+    assert stripping.strips and not plain.strips
+    assert [stripping.model_name(n) for n in ("mine", "My-Phi-3-q4", "phi3")] == ["phi-3 mine", "My-Phi-3-q4", "phi3"]
+    assert [plain.model_name(n) for n in ("mine", "My-Phi-3-q4", "phi3")] == ["mine", "My-Phi 3-q4", "phi 3"]
+
+
+EXACT = [name for name in PRE_TOKENIZERS if name not in ("tekken", "gpt-4o")]
+
+
+def trained(tokenizer: dict[str, Any]) -> None:
+    """Vocabulary and merges in which nearly every word of the hard text is one token: wrong splits show at once."""
+    from tokenizers import Tokenizer, pre_tokenizers, trainers
+
+    tokenizer["model"] = {
+        "type": "BPE",
+        "vocab": {},
+        "merges": [],
+        "ignore_merges": tokenizer["model"]["ignore_merges"],
+    }
+    added, tokenizer["added_tokens"] = tokenizer["added_tokens"], []
+    fresh = Tokenizer.from_str(json.dumps(tokenizer))
+    special = [token["content"] for token in added]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    fresh.train_from_iterator(
+        [HARD_TEXT, CASES] * 2,
+        trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    content = json.loads(fresh.to_str())
+    content["model"]["ignore_merges"] = tokenizer["model"]["ignore_merges"]
+    tokenizer.update(content)
 
 
 @pytest.mark.parametrize(
@@ -241,16 +340,43 @@ def with_pre_tokenizer(*steps: dict[str, Any], ignore_merges: bool = False) -> C
     [
         lambda tokenizer: None,
         with_bos,
-        with_pre_tokenizer(byte_level(True)),
-        with_pre_tokenizer(split(LLAMA3), byte_level(False), ignore_merges=True),
-        with_pre_tokenizer(split(QWEN2), byte_level(False)),
         sentencepiece,
+        gemma,
+        phi3,
+        *(
+            with_pre_tokenizer(*p.steps, ignore_merges=p.ignore_merges, train=True)
+            for name, p in PRE_TOKENIZERS.items()
+            if name in EXACT
+        ),
     ],
-    ids=["smollm", "bos", "gpt-2", "llama-bpe", "qwen2", "sentencepiece"],
+    ids=["as it is", "bos", "sentencepiece", "gemma", "phi-3", *EXACT],
 )
 def test_llama_cpp_gives_the_same_ids_as_the_hugging_face_tokenizer(
     tiny_model_dir: Path, tmp_path: Path, change: Change
 ) -> None:
+    texts = [HARD_TEXT, HARD_TEXT[::-1], CASES, SPACES, "", " ", *HARD_TEXT.split(), *CASES.split()]
+    for text, theirs, ours in ids_of(tiny_model_dir, tmp_path, change, texts):
+        assert ours == theirs, text
+
+
+@pytest.mark.parametrize("name", ["tekken", "gpt-4o"])
+def test_where_llama_cpps_regex_is_an_approximation_ids_differ_at_combining_marks_only(
+    tiny_model_dir: Path, tmp_path: Path, name: str
+) -> None:
+    found = PRE_TOKENIZERS[name]
+    change = with_pre_tokenizer(*found.steps, ignore_merges=found.ignore_merges, train=True)
+    plain = "".join(c for c in HARD_TEXT if not unicodedata.category(c).startswith("M"))
+    same = [plain, plain[::-1], CASES, SPACES, "", " ", *plain.split(), *CASES.split()]
+    for text, theirs, ours in ids_of(tiny_model_dir, tmp_path, change, same):
+        assert ours == theirs, text
+    ((_, theirs, ours),) = ids_of(tiny_model_dir, tmp_path, change, ["हिन्दी"])
+    assert ours != theirs
+
+
+def ids_of(
+    tiny_model_dir: Path, tmp_path: Path, change: Change, texts: list[str]
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Each text, with the ids of the Hugging Face tokenizer and of llama.cpp."""
     pytest.importorskip("xllamacpp", reason="pip install 'lrqat[llamacpp]'")
     from transformers import PreTrainedTokenizerFast
 
@@ -262,9 +388,12 @@ def test_llama_cpp_gives_the_same_ids_as_the_hugging_face_tokenizer(
     assets["tokenizer.json"] = json.dumps(tokenizer).encode()
     (tmp_path / "tokenizer.json").write_bytes(assets["tokenizer.json"])
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    config = read_json(tiny_model_dir / "config.json")
-    dense = FusedCheckpoint({}, Lazy(files.specs, files.get), {}, files.specs, config, assets)
-    texts = [HARD_TEXT, HARD_TEXT[::-1], "", " ", "hello the  the    hello<s> the</s><tool>hello", *HARD_TEXT.split()]
-    with LlamaCpp(gguf.write(dense, tmp_path / "dense.gguf"), n_ctx=32) as runtime:
+    size = max(448, len(theirs.get_vocab()) if "<image>" not in theirs.get_vocab() else 0)
+    embedding = {"model.embed_tokens.weight": torch.zeros(size, 256)}
+    dense = {name: files.get(name) for name in files.specs} | embedding
+    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()}
+    config = {**read_json(tiny_model_dir / "config.json"), "vocab_size": size}
+    checkpoint = FusedCheckpoint({}, dense, {}, specs, config, assets)
+    with LlamaCpp(gguf.write(checkpoint, tmp_path / "dense.gguf"), n_ctx=32) as runtime:
         for text in texts:
-            assert runtime.tokenize(text, add_special=True) == theirs(text)["input_ids"], text
+            yield text, theirs(text)["input_ids"], runtime.tokenize(text, add_special=True)

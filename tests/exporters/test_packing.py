@@ -64,3 +64,17 @@ def test_pack_inverts_unpack_so_no_bit_of_a_word_is_lost(bits: int, words: list[
 def test_words_that_the_codes_do_not_fill_are_a_bug_of_the_caller() -> None:
     with pytest.raises(AssertionError):
         pack(torch.zeros(8, dtype=torch.uint8), 3)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_views_that_start_anywhere_and_single_columns_are_packed_rightly(bits: int) -> None:
+    codes = torch.randint(0, 1 << bits, (97,), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    assert torch.equal(pack(codes[1:], bits), pack(codes[1:].clone(), bits))
+    column = codes[:96, None].T  # one row, with the strides of a column
+    assert torch.equal(pack(column, bits)[0], pack(codes[:96].clone(), bits))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_tiles_join_without_a_seam(bits: int) -> None:
+    codes = torch.randint(0, 1 << bits, (3, 1 << 17), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    assert torch.equal(unpack(pack(codes, bits), bits), codes)

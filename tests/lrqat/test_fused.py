@@ -23,14 +23,17 @@ UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.we
 
 
 def tensor(spelling: str, rows: int = 6, columns: int = 64, seed: int = 0) -> FusedTensor:
-    """Random codes and scales of both signs."""
+    """Random codes and parts, scales of both signs."""
     grid = Grid.parse(spelling)
     g = torch.Generator().manual_seed(seed)
-    groups = columns // grid.columns_per_group(columns)
-    codes_OI = torch.randint(0, grid.levels, (rows, columns), generator=g, dtype=torch.uint8)
-    scales_OG = grid.to_wire(torch.randn(rows, groups, generator=g)).half()
-    zeros_OG = torch.randint(0, grid.levels, (rows, groups), generator=g, dtype=torch.uint8)
-    return FusedTensor(codes_OI, scales_OG, None if grid.symmetric else zeros_OG, grid)
+    codes_OI = torch.randint(0, grid.codes, (rows, columns), generator=g, dtype=torch.uint8)
+    parts = {}
+    for name, part in grid.parts(rows, columns).items():
+        if part.low is None or part.high is None:
+            parts[name] = torch.randn(part.shape, generator=g).bfloat16()
+        else:
+            parts[name] = torch.randint(part.low, part.high + 1, part.shape, generator=g)
+    return FusedTensor.make(codes_OI, parts, grid)
 
 
 def checkpoint(*spellings: str, dense: dict[str, Tensor] | None = None) -> FusedCheckpoint:
@@ -53,9 +56,9 @@ def checkpoint(*spellings: str, dense: dict[str, Tensor] | None = None) -> Fused
 
 def same(found: FusedTensor, expected: FusedTensor) -> bool:
     """Equal in every field and bit."""
-    pairs = [(getattr(found, k), getattr(expected, k)) for k in ("codes_OI", "scales_OG", "zeros_OG")]
-    return found.grid == expected.grid and all(
-        (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs
+    pairs = [(found.codes_OI, expected.codes_OI), *((found.parts[k], part) for k, part in expected.parts.items())]
+    return (found.grid, found.parts.keys()) == (expected.grid, expected.parts.keys()) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs
     )
 
 
@@ -87,8 +90,8 @@ def test_the_same_checkpoint_is_always_the_same_bytes(tmp_path: Path) -> None:
 
 def test_dequantization_of_an_asymmetric_weight_uses_its_zeros() -> None:
     found = tensor("w4g32-asym")
-    assert found.zeros_OG is not None
-    first = found.scales_OG[0, 1].double() * (found.codes_OI[0, 40].double() - found.zeros_OG[0, 1].double())
+    scale, zero = (found.parts[part][0, 1].double() for part in ("scales", "zeros"))
+    first = scale * (found.codes_OI[0, 40].double() - zero)
     assert found.dequantize()[0, 40].double() == first
 
 
@@ -117,8 +120,7 @@ def test_the_hash_is_over_codes_scales_and_zeros_in_this_order() -> None:
     import hashlib
 
     found = tensor("w4g32-asym")
-    assert found.zeros_OG is not None
-    parts = (found.codes_OI, found.scales_OG, found.zeros_OG)
+    parts = (found.codes_OI, found.parts["scales"], found.parts["zeros"])
     assert found.sha256() == hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()
 
 
@@ -170,7 +172,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda i: i.update(version=str(VERSION)), "version '1'"),
         (lambda i: i.update(format="other"), "'other'"),
         (lambda i: i.pop("version"), "version None"),
-        (lambda i: i["weights"][UP].update(grid="q4_k"), "grid 'q4_k'"),
+        (lambda i: i["weights"][UP].update(grid="q9_k"), "grid 'q9_k'"),
         (lambda i: i["weights"][UP].update(grid="w4g48"), "group_size 48 does not divide in_features 64"),
         (lambda i: i["weights"].update({DOWN: i["weights"][UP]}), f"{DOWN}.codes is in fused.json but"),
         (lambda i: i["weights"].pop(UP), f"tensor {UP}.codes belongs to no weight"),
@@ -250,13 +252,13 @@ def test_a_tensor_in_two_files_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codes_OI": torch.full((6, 64), 16, dtype=torch.uint8)}, "16 is no code of grid w4g32"),
+        ({"codes_OI": torch.full((6, 64), 16, dtype=torch.uint8)}, r"codes: 16 is no value of grid w4g32"),
         ({"codes_OI": torch.zeros(6, 64, dtype=torch.int32)}, "expected torch.uint8"),
-        ({"scales_OG": torch.ones(6, 2)}, "expected torch.float16"),
-        ({"scales_OG": torch.ones(6, 1, dtype=torch.float16)}, r"\[6, 2\]"),
-        ({"scales_OG": torch.full((6, 2), torch.nan, dtype=torch.float16)}, "not finite"),
-        ({"zeros_OG": torch.zeros(6, 2, dtype=torch.uint8)}, "zeros contradict"),
-        ({"grid": Grid(4, 32, symmetric=False)}, "zeros contradict"),
+        ({"parts": {"scales": torch.ones(6, 2)}}, "expected torch.float16"),
+        ({"parts": {"scales": torch.ones(6, 1, dtype=torch.float16)}}, r"\[6, 2\]"),
+        ({"parts": {"scales": torch.full((6, 2), torch.nan, dtype=torch.float16)}}, "not finite"),
+        ({"parts": {}}, "grid w4g32 has scales, got $"),
+        ({"grid": Grid.parse("w4g32-asym")}, "grid w4g32-asym has scales, zeros, got scales"),
     ],
 )
 def test_a_tensor_off_its_grid_is_never_saved(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -335,7 +337,7 @@ def test_a_tied_head_is_stored_once(tiny_model_dir: Path, tmp_path: Path) -> Non
     from lrqat.models import fake_quant_model, locate
     from lrqat.ptq import quantize
 
-    path = quantize(locate(str(tiny_model_dir)), Grid(4, 32), None, (), torch.float32, tmp_path)
+    path = quantize(locate(str(tiny_model_dir)), Grid.parse("w4g32"), None, (), torch.float32, tmp_path)
     loaded = FusedCheckpoint.load(path)
     assert loaded.tied_head and len(loaded.specs) == 14
     assert "model.embed_tokens.weight" in loaded.dense and "lm_head.weight" not in loaded.dense

@@ -10,27 +10,34 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lrqat.errors import LrqatError
+from lrqat.assign import Assignment
 from lrqat.grid import Grid
-from lrqat.layers import QuantLinear, dense_tensors, fuse_model, linear_names, quantizers, swap_linears
+from lrqat.layers import QuantLinear, dense_tensors, fuse_model, quantizers, swap
 from lrqat.methods.lr_qat import LRQAT
+from lrqat.plan import plan
 from lrqat.ranges import start
+from lrqat.sites import Site
 
-GRID = Grid.parse("w4g32")
 
-
-def make(name: str, weight_OI: Tensor) -> LRQAT:
+def make(site: Site, weight_OI: Tensor, grid: Grid) -> LRQAT:
     """A quantizer as training makes them."""
     return LRQAT(
         weight_OI,
-        start(weight_OI, GRID, None, name),
-        GRID,
+        start(weight_OI, grid, None, site.name),
+        grid,
         rank=4,
         alpha=4.0,
         downcast="fixed",
         learn_scales=True,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def swapped(model: Any, *overrides: str, skip: tuple[str, ...] = ()) -> list[str]:
+    """Swap; gives the names of the quantized weights."""
+    decided = plan(model, Assignment.make(Grid.parse("w4g32"), overrides, skip))
+    swap(model, decided, make)
+    return list(decided.grids)
 
 
 @pytest.fixture
@@ -40,7 +47,7 @@ def model(tiny_model_dir: Path) -> Any:
 
 def test_all_linears_but_the_head_are_swapped_under_their_own_names(model: Any) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    names = swap_linears(model, make)
+    names = swapped(model)
     assert sorted(names) == sorted(n for n in before if n.endswith("_proj.weight")) and len(names) == 14
     assert list(quantizers(model)) == names
     assert isinstance(model.lm_head, nn.Linear)
@@ -50,24 +57,27 @@ def test_all_linears_but_the_head_are_swapped_under_their_own_names(model: Any) 
 
 
 def test_only_the_methods_parameters_are_trained(model: Any) -> None:
-    swap_linears(model, make)
+    swapped(model)
     trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {"a_OR", "b_RI", "scales"}
 
 
 def test_skipped_linears_stay_dense(model: Any) -> None:
-    names = swap_linears(model, make, skip=[r"layers\.0\.", "down_proj"])
+    names = swapped(model, skip=(r"layers\.0\.", "down_proj"))
     assert len(names) == 6 and not [n for n in names if "layers.0." in n or "down_proj" in n]
     assert "model.layers.0.mlp.up_proj.weight" in dense_tensors(model)
 
 
-def test_skipping_everything_is_refused(model: Any) -> None:
-    with pytest.raises(LrqatError, match=r"no linear layer to quantize[^\n]*--skip"):
-        linear_names(model, ["."])
+def test_each_weight_is_on_its_own_grid(model: Any) -> None:
+    swapped(model, "re:.*down_proj=q4_k", "layers.1.self_attn=w8g64")
+    grids = {name: str(quantizer.grid) for name, quantizer in quantizers(model).items()}
+    assert grids["model.layers.0.mlp.down_proj.weight"] == "q4_k"
+    assert grids["model.layers.1.self_attn.q_proj.weight"] == "w8g64"
+    assert grids["model.layers.0.self_attn.q_proj.weight"] == "w4g32"
 
 
 def test_the_swapped_model_computes_with_the_rounded_weights(model: Any, tiny_model_dir: Path) -> None:
-    swap_linears(model, make)
+    swapped(model)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
     for name, quantizer in quantizers(model).items():
         plain.get_parameter(name).data.copy_(quantizer.fuse().dequantize())
@@ -79,7 +89,7 @@ def test_the_swapped_model_computes_with_the_rounded_weights(model: Any, tiny_mo
 def test_a_bias_is_added_trained_by_nobody_and_kept(model: Any) -> None:
     linear = nn.Linear(64, 32)
     holder = nn.Sequential(linear, nn.Linear(32, 32))
-    swap_linears(holder, make)
+    swapped(holder)
     assert isinstance(holder[0], QuantLinear)
     x = torch.randn(3, 64)
     expected = x @ holder[0].quantizer.weight().T + linear.bias
@@ -88,7 +98,7 @@ def test_a_bias_is_added_trained_by_nobody_and_kept(model: Any) -> None:
 
 
 def test_a_weight_that_does_not_fuse_to_its_forward_is_never_saved(model: Any, tmp_path: Path) -> None:
-    swap_linears(model, make)
+    swapped(model)
     checkpoint = fuse_model(model, {}, {}, {})
     name, quantizer = next(iter(quantizers(model).items()))
     assert torch.equal(checkpoint.tensors[name].dequantize(), quantizer.weight())
@@ -103,17 +113,3 @@ def test_a_weight_that_does_not_fuse_to_its_forward_is_never_saved(model: Any, t
     with pytest.raises(RuntimeError, match=f"{name}: the fused weight is not the weight of the training forward"):
         checkpoint.save(tmp_path / "fused")
     assert not list(tmp_path.iterdir())
-
-
-def test_weights_outside_linear_layers_are_named_not_silently_left(tiny_model_dir: Path) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = MixtralForCausalLM(config)
-    with pytest.raises(LrqatError, match=r"mlp\.\S+ \[.*\] is in no linear layer .*--skip"):
-        linear_names(model)
-    assert all("self_attn" in name for name in linear_names(model, ["mlp"]))

@@ -97,6 +97,11 @@ def test_a_list_in_a_recipe_leaves_the_positional_model_alone(recipe: Any, where
 def test_a_list_in_a_recipe_repeats_a_repeatable_flag(recipe: Any) -> None:
     args = parsed("train", "M", "--config", recipe("skip: [down_proj, o_proj]\n"))
     assert args.model == "M" and args.skip == ["down_proj", "o_proj"]
+    path = recipe("override: ['re:.*down_proj=q4_k', lm_head=q6_k]\n")
+    for command in ("train", "ptq"):
+        assert parsed(command, "M", "--out", "o", "--config", path).override == ["re:.*down_proj=q4_k", "lm_head=q6_k"]
+    words = ["--override", "a=w4", "--override", "b=w8", "c=dense"]
+    assert parsed("train", "M", *words).override == ["a=w4", "b=w8", "c=dense"]
 
 
 def test_other_commands_take_recipes_too(recipe: Any) -> None:
@@ -136,7 +141,14 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str], argv: list
     "flags",
     [
         ["--grid", "w9"],
-        ["--grid", "w4g32-asym"],
+        ["--grid", "w4g32-odd"],
+        ["--grid", "q4_k", "--override", "q_proj=w4g48"],
+        ["--override", "down_proj"],
+        ["--override", "=w8"],
+        ["--override", "down_proj=w9"],
+        ["--override", "re:(=w8"],
+        ["--override", "no_such_proj=w8"],
+        ["--override", "lm_head=w8"],
         ["--steps", "0"],
         ["--batch-size", "0"],
         ["--rank", "0"],
@@ -182,6 +194,7 @@ def test_the_same_settings_are_refused_when_they_come_from_python() -> None:
         {"loss": "mse"},
         {"grid": "x"},
         {"range_p": -1.0},
+        {"override": ("down_proj=w9",)},
     ):
         with pytest.raises(LrqatError, match=r"^[^\n]+$"):
             TrainSettings(model="m", out="o", **bad)  # type: ignore[arg-type]
@@ -295,5 +308,5 @@ def test_export_of_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Capt
 def test_json_is_one_object_on_stdout(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ptq", str(tiny_model_dir), "--out", str(tmp_path / "run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["grid"] == "w4g32" and found["quantized_weights"] == 14
+    assert found["grid"] == "w4g32" and found["quantized_weights"] == 14 and found["skipped"] == 0
     assert Path(found["fused"]) == tmp_path / "run" / "fused"

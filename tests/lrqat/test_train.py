@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lrqat.cli import main
 from lrqat.fused import FusedCheckpoint
-from lrqat.grid import Grid
 from lrqat.models import fake_quant_model, locate
+from lrqat.plan import plan
 from lrqat.settings import TrainSettings
 from lrqat.teacher import Blocks
 from lrqat.train import make_trainer, swap_for_training
@@ -251,6 +251,7 @@ def test_a_finished_run_is_neither_overwritten_nor_trained_again(
         (["--grid", "w4g32"], "grid"),
         (["--lr", "0.5"], "lr"),
         (["--skip", "down_proj"], "skip"),
+        (["--override", "down_proj=q4_k"], "override"),
         (["--seed", "3"], "seed"),
         (["--loss", "ce"], "loss"),
     ],
@@ -315,7 +316,7 @@ def test_checkpointing_layers_gives_the_same_gradients_and_keeps_less(
     for checkpointed in (False, True):
         settings = settings_for(tiny_model_dir, gradient_checkpointing=checkpointed)
         model = locate(str(tiny_model_dir)).model(torch.float32)
-        swap_for_training(model, Grid.parse(settings.grid), settings)
+        swap_for_training(model, plan(model, settings.assignment), settings)
         trainer = make_trainer(model, Blocks(ids, None, torch.float32), settings, tmp_path)
         loss_model = trainer.model.train()
         saved: dict[int, int] = {}

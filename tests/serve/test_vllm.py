@@ -1,22 +1,29 @@
 """vLLM against Hugging Face on the weights that were trained; `vllm` tests need vLLM in this very environment."""
 
+import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from exporters import gptq
+from exporters import awq, compressed_tensors, gptq, vllm_rules
 from lrqat.errors import LrqatError
-from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Spec
+from lrqat.fused import FusedCheckpoint, FusedSpec, Spec
 from lrqat.grid import Grid
+from lrqat.grids.affine import AffineGrid
+from lrqat.ptq import rtn
 from serve import vllm_logprobs
 
 # Mean KL(HF in float32 || vLLM in float16) of the model below: measured 6.5e-6 (w4g32) and 7.2e-6 (w4), the
 # rounding of activations and logits to 11 bits. 16 rows x 32 columns with the wrong sign in one layer: 4.5e-2.
 MAX_KL = 3e-5
 MIN_KL_OF_OTHER_WEIGHTS = 100 * MAX_KL
+# W8A8 in bfloat16: measured 3.8e-3, of which int8 activations are the smaller part; other weights 5.2e-2.
+MAX_KL_INT8 = 1e-2
+MIN_KL_OF_OTHER_WEIGHTS_INT8 = 3 * MAX_KL_INT8
 TOKENS = 96
 
 
@@ -40,29 +47,43 @@ def tiny_llama() -> "torch.nn.Module":
     return LlamaForCausalLM(config).float().eval()
 
 
-def quantize(model: "torch.nn.Module", grid: Grid, dense_leaf: str = "") -> FusedCheckpoint:
-    """Round to nearest; every second group has a negative scale, its codes mirrored."""
+def quantize(model: "torch.nn.Module", grids: dict[str, str]) -> FusedCheckpoint:
+    """Round to nearest on the grid of the first key that the name contains; every second row's scales are negative."""
     tensors, dense = {}, {}
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
-        if "proj" not in name or (dense_leaf and dense_leaf in name):
+        spelled = next((grid for part, grid in grids.items() if part in name), "") if "proj" in name else ""
+        if not spelled:
             dense[name] = weight
             continue
-        rows, columns = weight.shape
-        groups = weight.view(rows, -1, grid.columns_per_group(columns))
-        top = grid.midpoint - 1
-        scales_OG = grid.to_wire(groups.abs().amax(-1) / top)
-        scales_OG[:, ::2] *= -1
-        codes = (groups / scales_OG[:, :, None]).round().clamp(-top, top) + grid.midpoint
-        tensors[name] = FusedTensor(codes.to(torch.uint8).view(rows, columns), scales_OG.half(), None, grid)
+        fused = rtn(weight, Grid.parse(spelled), None, name)
+        grid = fused.grid
+        if isinstance(grid, AffineGrid) and grid.symmetric:
+            fused.parts["scales"][::2] *= -1
+            fused.codes_OI[::2] = (2 * grid.midpoint - fused.codes_OI[::2].int()).clamp(max=grid.codes - 1).byte()
+        tensors[name] = fused
     return FusedCheckpoint(
         tensors,
         dense,
-        {name: FusedSpec(grid, tuple(t.codes_OI.shape)) for name, t in tensors.items()},
+        {name: FusedSpec(t.grid, (t.codes_OI.shape[0], t.codes_OI.shape[1])) for name, t in tensors.items()},
         {name: Spec(t.dtype, tuple(t.shape)) for name, t in dense.items()},
         model.config.to_dict(),
         {},
     )
+
+
+def int8_activations(model: "torch.nn.Module", names: list[str]) -> None:
+    """From now on the inputs of these weights' linears are rounded to int8 per token: s = max|x| / 127, round(x / s).
+
+    What vLLM's W8A8 kernels do with dynamic symmetric activations.
+    """
+
+    def rounded(_: "torch.nn.Module", inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        scale = inputs[0].abs().amax(-1, keepdim=True) / 127
+        return ((inputs[0] / scale).round() * scale, *inputs[1:])
+
+    for name in names:
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(rounded)
 
 
 def logprobs_TV(model: "torch.nn.Module", weights: dict[str, Tensor], tokens: list[int]) -> Tensor:
@@ -76,27 +97,44 @@ def mean_kl(reference_TV: Tensor, other_TV: Tensor) -> float:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(("grid", "dense_leaf"), [("w4g32", ""), ("w4", "layers.1.mlp.down_proj")])
-def test_vllm_serves_the_weights_that_were_trained(tmp_path: Path, grid: str, dense_leaf: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "grids", "options"),
+    [
+        # Two grids by `dynamic`; one linear stays dense.
+        (gptq, {"layers.1.mlp.down_proj": "", "self_attn": "w4g32", "mlp": "w4"}, {}),
+        (awq, {"layers.1.mlp.down_proj": "", "self_attn": "w4g32-asym", "mlp": "w4g32"}, {}),
+        (compressed_tensors, {"self_attn": "w4g32", "gate": "w4-asym", "up": "w4-asym", "down": "w4g64-asym"}, {}),
+        (compressed_tensors, {"layers.1.mlp.down_proj": "", "": "w8"}, {"activations": "int8"}),
+    ],
+    ids=["gptq", "awq", "w4a16", "w8a8"],
+)
+def test_vllm_serves_the_weights_that_were_trained(
+    tmp_path: Path, form: Any, grids: dict[str, str], options: dict[str, Any]
+) -> None:
     model = tiny_llama()
-    fused = quantize(model, Grid.parse(grid), dense_leaf)
-    assert gptq.vllm_limits(fused) is None
-    out = gptq.write(fused, tmp_path / "exported")
+    fused = quantize(model, grids)
+    assert form.vllm_limits(fused, **options) is None
+    out = form.write(fused, tmp_path / "exported", **options)
     tokens = torch.randint(0, 512, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
 
-    served = vllm_logprobs.run(out, [tokens, tokens[:3]], tmp_path / "work")
+    dtype = "bfloat16" if options else "float16"  # on CPUs with AMX, vLLM's int8 kernel takes nothing else
+    served = vllm_logprobs.run(out, [tokens, tokens[:3]], tmp_path / "work", dtype=dtype)
 
     ours_TV = torch.from_numpy(served.logprobs_TV(0).copy())
-    weights = dict(gptq.read(out))
+    found = form.read(out)
+    weights = {name: tensor.dequantize() for name, tensor in found.tensors.items()} | dict(found.dense)
+    if options:
+        int8_activations(model, [name for name, spec in fused.specs.items() if spec.grid.bits == 8])
     reference_TV = logprobs_TV(model, weights, tokens)
-    assert mean_kl(reference_TV, ours_TV) <= MAX_KL
+    assert mean_kl(reference_TV, ours_TV) <= (MAX_KL_INT8 if options else MAX_KL)
     assert served.logprobs_TV(1).shape == (2, 512)
     assert served.version and served.device in ("cpu", "cuda")
 
     name = "model.layers.0.mlp.up_proj.weight"
     others = {**weights, name: weights[name].clone()}
     others[name][:16, :32] *= -1
-    assert mean_kl(logprobs_TV(model, others, tokens), ours_TV) >= MIN_KL_OF_OTHER_WEIGHTS
+    least = MIN_KL_OF_OTHER_WEIGHTS_INT8 if options else MIN_KL_OF_OTHER_WEIGHTS
+    assert mean_kl(logprobs_TV(model, others, tokens), ours_TV) >= least
 
 
 @pytest.mark.vllm
@@ -118,8 +156,38 @@ def test_vllm_certifies_a_gptq_directory_and_both_controls_speak(trained_model_d
 
 
 @pytest.mark.vllm
+def test_our_rules_are_those_of_vllms_kernels_on_a_cpu() -> None:
+    from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+    from vllm.platforms import current_platform
+    from vllm.scalar_type import scalar_types
+
+    if not current_platform.is_cpu():
+        pytest.skip("asks the CPU's kernels")
+    for zero, grouped, bits, columns, rows in itertools.product(
+        ("midpoint", "integer"), (-1, 9, 16, 32, 96), (2, 3, 4, 8), (32, 48, 96, 288), (32, 48)
+    ):
+        if grouped > 0 and columns % grouped:
+            continue
+        kind = f"uint{bits}b{1 << bits - 1}" if zero == "midpoint" else f"uint{bits}"
+        config = MPLinearLayerConfig(
+            full_weight_shape=(columns, rows),
+            partition_weight_shape=(columns, rows),
+            weight_type=getattr(scalar_types, kind),
+            act_type=torch.float16,
+            group_size=grouped,
+            zero_points=zero == "integer",
+        )
+        ours = vllm_rules.kernel("compressed-tensors", AffineGrid(bits, grouped, zero), (rows, columns))
+        try:
+            theirs = choose_mp_linear_kernel(config).__name__
+        except ValueError:
+            theirs = ""
+        assert theirs == (f"{ours.name}LinearKernel" if isinstance(ours, vllm_rules.Kernel) else ""), config
+
+
+@pytest.mark.vllm
 def test_what_vllm_refuses_arrives_as_one_line(tmp_path: Path) -> None:
-    out = gptq.write(quantize(tiny_llama(), Grid.parse("w3g32")), tmp_path / "exported")
+    out = gptq.write(quantize(tiny_llama(), {"": "w3g32"}), tmp_path / "exported")
     with pytest.raises(LrqatError, match=r"Unsupported quantization config: bits=3, sym=True") as caught:
         vllm_logprobs.run(out, [[1, 2, 3]], tmp_path / "work")
     assert "\n" not in str(caught.value)

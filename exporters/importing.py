@@ -1,0 +1,69 @@
+"""Import: a model that is quantized already, as a fused checkpoint, so that it can be exported, checked or trained on.
+
+Integers and scales are taken as they are; the grid follows from the format.
+
+Refuses: formats without a reader, and what the reader refuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from exporters.formats import detect, read
+from lrqat.errors import LrqatError
+from lrqat.fused import FusedCheckpoint, FusedTensor, Lazy
+from lrqat.grids.affine import AffineGrid
+from lrqat.models import locate
+
+HEAD = "lm_head.weight"
+
+
+def import_checkpoint(path: Path) -> FusedCheckpoint:
+    """The fused checkpoint of a quantized model; its tensors stay lazy.
+
+    Of a GGUF file, configuration and tokenizer are what transformers makes of the metadata.
+    """
+    path = Path(path)
+    form, found = detect(path), read(path)
+    if not found.specs:
+        raise LrqatError(f"{path}: holds no quantized weight; it is a model to train")
+    if form == "gguf":
+        base = locate(str(path))
+        tied = HEAD not in found.specs and HEAD not in found.dense_specs
+        found = replace(found, hf_config={**base.config, "tie_word_embeddings": tied}, assets=base.assets)
+    found = replace(found, **symmetric_where_it_is(found))
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    provenance = {"method": "import", "source": str(path), "format": form, "sha256": _sha256(files)}
+    return replace(found, provenance={**found.provenance, **provenance})
+
+
+def symmetric_where_it_is(checkpoint: FusedCheckpoint) -> dict[str, Any]:
+    """`specs` and `tensors` in which zeros that are all the midpoint are left out: AWQ spells symmetric grids so.
+
+    Reads every weight that has zeros once.
+    """
+    specs = dict(checkpoint.specs)
+    for name, spec in checkpoint.specs.items():
+        grid = spec.grid
+        if not isinstance(grid, AffineGrid) or grid.zero != "integer":
+            continue
+        if bool((checkpoint.tensors[name].parts["zeros"] == grid.midpoint).all()):
+            specs[name] = replace(spec, grid=replace(grid, zero="midpoint"))
+
+    def make(name: str) -> FusedTensor:
+        tensor, grid = checkpoint.tensors[name], specs[name].grid
+        return tensor if tensor.grid == grid else FusedTensor(tensor.codes_OI, {"scales": tensor.parts["scales"]}, grid)
+
+    return {"specs": specs, "tensors": Lazy(specs, make)}
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

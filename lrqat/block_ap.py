@@ -1,0 +1,228 @@
+"""Block-AP (EfficientQAT, arXiv 2407.11062, section 3.2): train one decoder layer after the other.
+
+    x_0 = y_0 = what reaches the first layer
+    y_{k+1} = layer_k(y_k)                             full precision: the targets
+    min |layer^_k(x_k) - y_{k+1}|^2                    over all that layer k's method trains
+    x_{k+1} = layer^_k(x_k)                            the quantized prefix: the inputs
+
+The paper trains all weights and the grid (method `LSQ`) and calls what follows E2E-QP: codes frozen, the grid trained
+end to end (method `Scales`: pass `finish=frozen_codes`). Here the method is any: with `LRQAT`, layers begin with
+adapters that have learnt their layer's output, before they are trained end to end.
+
+Memory: the model, what the method needs for *one* layer with its gradients and Adam's moments, and three sets of
+hidden states [N, T, H]. Each finished layer is a file, so an interrupted run goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrqat.console import bar
+from lrqat.errors import LrqatError
+from lrqat.fused import open_safetensors
+from lrqat.layers import Make, quantizers, swap
+from lrqat.methods.base import WeightQuantizer
+from lrqat.methods.scales import Scales
+from lrqat.plan import Plan
+from lrqat.safestream import Entry, write_file
+from lrqat.sites import TRAINED
+from lrqat.starts.walk import Walk
+
+Prepare = Callable[[Walk, int, Tensor], None]
+Finish = Callable[[WeightQuantizer], WeightQuantizer]
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How each layer is trained.
+
+    Attributes:
+        epochs: passes over the calibration blocks.
+        batch_size: blocks of a step.
+        lr: of weights or adapters; the paper's for weights is 1e-5, 2e-5 at 2 bits.
+        lr_scales: of the gains, which are relative.
+        last_lr: both fall along a cosine to this share.
+        seed: of the order of the blocks.
+    """
+
+    epochs: int = 2
+    batch_size: int = 2
+    lr: float = 1e-5
+    lr_scales: float = 1e-3
+    last_lr: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """Mean squared error of one layer's output, relative to the output's mean square, before and after training."""
+
+    before: float
+    after: float
+
+
+def block_ap(
+    model: Any,
+    plan: Plan,
+    blocks_NT: Tensor,
+    make: Make,
+    settings: BlockSettings,
+    *,
+    prepare: Prepare | None = None,
+    finish: Finish | None = None,
+    folder: Path | None = None,
+    key: str = "",
+) -> list[LayerLoss]:
+    """Swap and train every decoder layer; what is planned outside of them is swapped at the end.
+
+    Args:
+        model: the full-precision model; left as `swap` leaves it.
+        plan: which matrices, on which grids.
+        blocks_NT: calibration tokens; the paper has 4096 blocks of 2048.
+        make: as in `swap`.
+        settings: of the training.
+        prepare: called with the walk, a layer's number and x_k before that layer is swapped, for example to put GPTQ's
+            W' in place (`gptq_layer`). Not called for a layer that is read from its file: there `make` may begin
+            anywhere, what it made is overwritten.
+        finish: what becomes of each trained quantizer.
+        folder: holds a file for each finished layer; None: nothing is kept.
+        key: identifies model, data and settings; files under another key are refused.
+    """
+    walk = Walk(model, blocks_NT)
+    teacher_NTH = student_NTH = walk.states_NTH
+    generator = torch.Generator().manual_seed(settings.seed)
+    losses = []
+    for number in bar(range(len(walk.layers)), "block-ap"):
+        order = [torch.randperm(len(blocks_NT), generator=generator) for _ in range(settings.epochs)]
+        teacher_NTH = walk.run(number, teacher_NTH)
+        path = folder / f"layer_{number:04d}.safetensors" if folder else None
+        done = path is not None and path.is_file()
+        if prepare and not done:
+            prepare(walk, number, student_NTH)
+        swap(model, inside(plan, f"{walk.name}.{number}."), make)
+        layer = walk.layers[number]
+        if not done:
+            before = relative_error(walk.run(number, student_NTH), teacher_NTH)
+            train_layer(walk, number, student_NTH, teacher_NTH, settings, order)
+        if finish:
+            replace_quantizers(layer, finish)
+        if done and path:
+            load_layer(layer, path, key)
+        layer.requires_grad_(False)
+        student_NTH = walk.run(number, student_NTH)
+        after = relative_error(student_NTH, teacher_NTH)
+        losses.append(LayerLoss(math.nan if done else before, after))
+        if path and not done:
+            save_layer(layer, path, key)
+    rest = outside(plan, f"{walk.name}.")
+    if rest.grids:
+        swap(model, rest, make)
+    for name, quantizer in quantizers(model).items():
+        quantizer.requires_grad_(plan.sites[name].kind in TRAINED)
+    return losses
+
+
+def inside(plan: Plan, prefix: str) -> Plan:
+    """The part of a plan whose parameters' names begin so."""
+    sites = {name: site for name, site in plan.sites.items() if site.origin.parameter.startswith(prefix)}
+    return Plan(sites, {name: grid for name, grid in plan.grids.items() if name in sites})
+
+
+def outside(plan: Plan, prefix: str) -> Plan:
+    """The rest of `inside`."""
+    sites = {name: site for name, site in plan.sites.items() if not site.origin.parameter.startswith(prefix)}
+    return Plan(sites, {name: grid for name, grid in plan.grids.items() if name in sites})
+
+
+def train_layer(
+    walk: Walk, number: int, x_NTH: Tensor, y_NTH: Tensor, settings: BlockSettings, order: list[Tensor]
+) -> None:
+    """AdamW without decay on the mean squared error of one layer's output."""
+    trained = {name: p for name, p in walk.layers[number].named_parameters() if p.requires_grad}
+    if not trained:
+        return
+    groups = [
+        {"params": [p for name, p in trained.items() if ".gains." not in name], "lr": settings.lr},
+        {"params": [p for name, p in trained.items() if ".gains." in name], "lr": settings.lr_scales},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+    batches = [batch for epoch in order for batch in torch.split(epoch, settings.batch_size)]
+
+    def share(step: int) -> float:
+        return settings.last_lr + (1 - settings.last_lr) * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    for batch in batches:
+        with torch.enable_grad():
+            loss = F.mse_loss(walk.call(number, x_NTH[batch]).float(), y_NTH[batch].float())
+            if not math.isfinite(loss.item()):
+                raise LrqatError(f"block-ap: the loss of layer {number} is {loss.item()}; lower the learning rates")
+            torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+
+
+@torch.no_grad()
+def relative_error(found_NTH: Tensor, wanted_NTH: Tensor) -> float:
+    """sum (found - wanted)^2 / sum wanted^2."""
+    error = size = 0.0
+    for found_TH, wanted_TH in zip(found_NTH, wanted_NTH, strict=True):
+        error += (found_TH.float() - wanted_TH.float()).square().sum().item()
+        size += wanted_TH.float().square().sum().item()
+    return error / max(size, 1e-30)
+
+
+def frozen_codes(quantizer: WeightQuantizer) -> WeightQuantizer:
+    """A `finish`: from now on only the grid's parts are trained (E2E-QP)."""
+    device = next(iter(quantizer.parts().values())).device
+    scales = Scales.from_fused(quantizer.fuse(), device)
+    scales.name = quantizer.name
+    return scales
+
+
+def replace_quantizers(layer: nn.Module, finish: Finish) -> None:
+    """Put finish(quantizer) in the place of every quantizer."""
+    for path, module in list(layer.named_modules()):
+        if isinstance(module, WeightQuantizer):
+            layer.set_submodule(path, finish(module))
+
+
+def layer_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """All that its quantizers hold."""
+    return {
+        f"{path}.{name}": tensor.detach()
+        for path, module in layer.named_modules()
+        if isinstance(module, WeightQuantizer)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+
+
+def save_layer(layer: nn.Module, path: Path, key: str) -> None:
+    """Write its quantizers' tensors; the file appears when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = layer_tensors(layer)
+    entries = [Entry(n, t.dtype, tuple(t.shape), partial(tensors.__getitem__, n)) for n, t in tensors.items()]
+    write_file(path, entries, {"format": "pt", "key": key})
+
+
+@torch.no_grad()
+def load_layer(layer: nn.Module, path: Path, key: str) -> None:
+    """Read what `save_layer` wrote into quantizers of the same kind."""
+    tensors = layer_tensors(layer)
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        names = set(file.keys())
+        if metadata.get("key") != key or names != tensors.keys():
+            raise LrqatError(f"{path}: was written by a run with other settings; remove it, or start a new run")
+        for name, tensor in tensors.items():
+            tensor.copy_(file.get_tensor(name))

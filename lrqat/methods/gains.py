@@ -1,0 +1,87 @@
+"""What methods share: parts trained by gains, codes two to a byte, weights that keep the grid's units out.
+
+Parts are trained by gains, s = wire(s0 * gain): Adam's step on a gain is relative, so one learning rate fits
+layers whose scales differ by orders of magnitude.
+
+A method whose latent is a real weight in units of the *trained* grid, x = (W - m) / s, has (LSQ, eq. 3 of
+arXiv 2406.06385; L4Q, arXiv 2402.04902, appendix A)
+
+    W^ = s * nearest(x) + m
+    dW = dL/dW^ * [x inside]
+    ds = sum over the group of dL/dW^ * (level - [x inside] * x)
+    dm = sum of dL/dW^ * (1 - [x inside])
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lrqat.grid import Affine, Grid, Parts, to_latent
+from lrqat.methods.base import Tile, WeightQuantizer
+
+
+class GainQuantizer(WeightQuantizer):
+    """A quantizer whose parts are wire(start * gain).
+
+    Args:
+        grid: any grid.
+        shape: (O, I) of the weight.
+        start: the grid's parts that it begins with.
+        learn: train gains on the parts; otherwise they stay as they are.
+    """
+
+    def __init__(self, grid: Grid, shape: tuple[int, int], start: Parts, learn: bool) -> None:
+        super().__init__(grid, shape)
+        self.start = nn.Module()
+        for name, part in start.items():
+            self.start.register_buffer(name, part, persistent=False)
+        self.gains = nn.ParameterDict(
+            {name: nn.Parameter(torch.ones_like(start[name])) for name in grid.learned if learn}
+        )
+
+    def parts(self) -> dict[str, Tensor]:
+        """wire(start * gain)."""
+        return self.grid.learn(dict(self.start.named_buffers()), dict(self.gains))
+
+    def _pack(self, codes_KI: Tensor) -> Tensor:
+        """Two codes a byte, even columns in the low nibble: 3, 10 -> 0xa3; above 4 bits one code a byte."""
+        if self.grid.bits > 4 or codes_KI.shape[1] % 2:
+            return codes_KI
+        return codes_KI[:, 0::2] | (codes_KI[:, 1::2] << 4)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        """Inverse of `_pack`."""
+        if packed.shape[1] == self.shape[1]:
+            return packed
+        return torch.stack((packed & 15, packed >> 4), dim=2).view(packed.shape[0], self.shape[1])
+
+
+class WeightDomain(GainQuantizer):
+    """A quantizer of real weights W, whatever they are made of; subclasses define `real` and `backward_real`."""
+
+    def real(self, rows: slice) -> Tensor:
+        """W, float32 [rows, I]."""
+        raise NotImplementedError
+
+    def backward_real(self, rows: slice, grad_KI: Tensor, grads: dict[str, Tensor]) -> None:
+        """Add to `grads` what dL/dW of these rows gives."""
+        raise NotImplementedError
+
+    def latent(self, rows: slice, affine: Affine) -> Tensor:
+        """x = (W - m) / s."""
+        return to_latent(self.real(rows), affine)
+
+    def backward_rows(self, tile: Tile, grads: dict[str, Tensor]) -> None:
+        """The equations of the module's docstring, for one row tile.
+
+        level - x is formed before any sum: at 8 bits the two alone would cancel to a hundredth of their size.
+        """
+        grad_KI = tile.inside(self.grid)
+        if "offset" in grads:
+            grads["offset"][tile.rows] = tile.groups(tile.grad_KI - grad_KI).sum(2)
+        if "scale" in grads:
+            inside_KI = torch.ops.aten.hardtanh_backward(tile.latent_KI, tile.latent_KI, *self.grid.bounds)
+            off_KI = tile.levels_KI.sub_(inside_KI).mul_(tile.grad_KI)
+            grads["scale"][tile.rows] = tile.groups(off_KI).sum(2)
+        self.backward_real(tile.rows, grad_KI, grads)

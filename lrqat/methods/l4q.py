@@ -1,0 +1,89 @@
+"""L4Q (arXiv 2402.04902): low-rank adapters on the weight, below the rounding, with a learned grid.
+
+    W  = W0 + (alpha/r) B A                          eq. 6; W0 frozen in its own dtype, r = 4
+    W^ = s * nearest((W - m) / s) + m                eq. 7; s and m trained
+    dB = (alpha/r) dL/dW A^T,  dA = (alpha/r) B^T dL/dW         eq. 10-12, dL/dW as in `lrqat.methods.gains`
+
+W is recomputed in backward. The paper's offset m is real: grids "-min" have it, others train s alone (where m
+follows s: m = -s z). A is Kaiming and B zero, as in LoRA. LR-QAT differs in one thing: its frozen part is divided
+by the *initial* s, so a moving s moves W0 along; here W0 stays, and s moves the grid below it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lrqat.errors import LrqatError
+from lrqat.grid import Grid, Parts
+from lrqat.grids.affine import AffineGrid
+from lrqat.grids.wire import to_fp16
+from lrqat.methods.gains import WeightDomain
+
+
+class L4Q(WeightDomain):
+    """L4Q of one weight.
+
+    Args:
+        weight_OI: the pretrained weight, any float dtype; kept as it is, not copied.
+        start: the grid's parts that it is rounded with at the start (`l4q_start` for the paper's).
+        grid: any grid.
+        rank: R.
+        alpha: the adapter's multiplier is alpha / rank.
+        learn_scales: train gains on the parts; otherwise they stay as they are.
+        generator: draws A.
+    """
+
+    frozen_OI: Tensor
+
+    def __init__(
+        self,
+        weight_OI: Tensor,
+        start: Parts,
+        grid: Grid,
+        *,
+        rank: int = 4,
+        alpha: float = 4.0,
+        learn_scales: bool = True,
+        generator: torch.Generator,
+    ) -> None:
+        rows, columns = weight_OI.shape
+        super().__init__(grid, (rows, columns), start, learn_scales)
+        if not 1 <= rank <= min(rows, columns):
+            raise LrqatError(f"rank: expected 1 to {min(rows, columns)} for a {rows}x{columns} weight, got {rank}")
+        self.multiplier = alpha / rank
+        self.register_buffer("frozen_OI", weight_OI.detach(), persistent=False)
+        a_RI = torch.empty(rank, columns)
+        nn.init.kaiming_uniform_(a_RI, a=5**0.5, generator=generator)
+        self.a_RI = nn.Parameter(a_RI.to(weight_OI.device))
+        self.b_OR = nn.Parameter(torch.zeros(rows, rank, device=weight_OI.device))
+
+    def real(self, rows: slice) -> Tensor:
+        """W = W0 + (alpha/r) B A."""
+        frozen_KI = self.frozen_OI[rows].float()
+        return frozen_KI.addmm(self.b_OR[rows].detach(), self.a_RI.detach(), alpha=self.multiplier)
+
+    def large(self) -> dict[str, nn.Parameter]:
+        """A and B."""
+        return {"a_RI": self.a_RI, "b_OR": self.b_OR}
+
+    def backward_real(self, rows: slice, grad_KI: Tensor, grads: dict[str, Tensor]) -> None:
+        """Eq. 10-12."""
+        grads["b_OR"][rows].addmm_(grad_KI, self.a_RI.detach().T, alpha=self.multiplier)
+        grads["a_RI"].addmm_(self.b_OR[rows].detach().T, grad_KI, alpha=self.multiplier)
+
+
+def l4q_start(weight_OI: Tensor, grid: Grid, name: str = "weight") -> dict[str, Tensor]:
+    """The paper's start, s = max(|min W / qn|, |max W / qp|) and m = 0 at the middle level; affine grids only."""
+    if not isinstance(grid, AffineGrid):
+        raise LrqatError(f"{name}: L4Q's own start is for affine grids, not {grid}; use the range search")
+    rows, columns = weight_OI.shape
+    groups_OGK = weight_OI.float().view(rows, -1, grid.columns_per_group(columns, name))
+    low, high = groups_OGK.amin(2).clamp(max=0), groups_OGK.amax(2).clamp(min=0)
+    scales_OG = grid.wire(torch.maximum(-low / grid.midpoint, high / (grid.midpoint - 1)))
+    parts = {"scales": scales_OG}
+    if grid.zero == "integer":
+        parts["zeros"] = torch.full_like(scales_OG, grid.midpoint)
+    elif grid.zero == "minimum":
+        parts["minimums"] = to_fp16(-scales_OG * grid.midpoint)
+    return parts

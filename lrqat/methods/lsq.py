@@ -1,0 +1,48 @@
+"""LSQ: full quantization-aware training of weights and grid (eq. 3 of arXiv 2406.06385; Esser et al., 1902.08153).
+
+    W^ = s * nearest((W - m) / s) + m,   W [O, I] and the grid's parts trained
+
+The gradients stand in `lrqat.methods.gains`. LSQ's gradient scale 1 / sqrt(N * qmax) has no place here: gains make
+the step relative, and Adam does not see a constant factor.
+
+Memory: W, its gradient and Adam's two moments, [O, I] each: the yardstick that low rank is measured against. A
+bfloat16 W halves that, but forgets updates below 2^-9 of a weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lrqat.grid import Grid, Parts
+from lrqat.methods.gains import WeightDomain
+
+
+class LSQ(WeightDomain):
+    """LSQ of one weight.
+
+    Args:
+        weight_OI: the weight it begins with, any float dtype; copied.
+        start: the grid's parts that it is rounded with at the start.
+        grid: any grid.
+        learn_scales: train gains on the parts; otherwise they stay as they are.
+        dtype: of the trained weight.
+    """
+
+    def __init__(
+        self, weight_OI: Tensor, start: Parts, grid: Grid, *, learn_scales: bool, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(grid, (weight_OI.shape[0], weight_OI.shape[1]), start, learn_scales)
+        self.weight_OI = nn.Parameter(weight_OI.detach().to(dtype, copy=True))
+
+    def real(self, rows: slice) -> Tensor:
+        """W."""
+        return self.weight_OI.detach()[rows].float()
+
+    def large(self) -> dict[str, nn.Parameter]:
+        """W."""
+        return {"weight_OI": self.weight_OI}
+
+    def backward_real(self, rows: slice, grad_KI: Tensor, grads: dict[str, Tensor]) -> None:
+        """dL/dW itself."""
+        grads["weight_OI"][rows] = grad_KI

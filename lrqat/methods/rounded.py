@@ -1,0 +1,39 @@
+"""Rounded once, trained by nobody: codes as they are. The head and the embeddings of a training model have these."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lrqat.fused import FusedTensor
+from lrqat.grid import Affine
+from lrqat.methods.base import Tile, WeightQuantizer
+
+
+class Rounded(WeightQuantizer):
+    """A fused weight in the model, one byte a code."""
+
+    codes_OI: Tensor
+
+    def __init__(self, fused: FusedTensor, device: torch.device) -> None:
+        rows, columns = fused.codes_OI.shape
+        super().__init__(fused.grid, (rows, columns))
+        self.register_buffer("codes_OI", fused.codes_OI.to(device), persistent=False)
+        self.wire = nn.Module()
+        for name, part in fused.parts.items():
+            self.wire.register_buffer(name, part.to(device), persistent=False)
+
+    def latent(self, rows: slice, affine: Affine) -> Tensor:
+        """The levels."""
+        return self.grid.decode(self.codes_OI[rows])
+
+    def parts(self) -> dict[str, Tensor]:
+        """As they were."""
+        return {name: part.float() for name, part in self.wire.named_buffers()}
+
+    def large(self) -> dict[str, nn.Parameter]:
+        """None."""
+        return {}
+
+    def backward_rows(self, tile: Tile, grads: dict[str, Tensor]) -> None:
+        """Nothing is trained."""

@@ -1,0 +1,60 @@
+"""Only the grid's parts are trained; the codes stay.
+
+    W^ = s * level + m,   level frozen;   ds = sum over the group of dL/dW^ * level,   dm = sum of dL/dW^
+
+PEQA (arXiv 2305.14152) does this from RTN or GPTQ codes, EfficientQAT's E2E-QP (arXiv 2407.11062) from the codes of
+its Block-AP. It is the control of every other method: what they gain beyond it, they gain by moving codes.
+
+Memory: the codes, two to a byte up to 4 bits; nothing else of the weight's size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lrqat.fused import FusedTensor
+from lrqat.grid import Affine, Grid, Parts, to_latent
+from lrqat.methods.base import Tile
+from lrqat.methods.gains import GainQuantizer
+from lrqat.ranges import row_tiles
+
+
+class Scales(GainQuantizer):
+    """The codes that a weight has at the start, under parts that learn.
+
+    Args:
+        weight_OI: rounded with `start` to the codes; not kept.
+        start: the grid's parts.
+        grid: any grid.
+    """
+
+    codes: Tensor
+
+    def __init__(self, weight_OI: Tensor, start: Parts, grid: Grid) -> None:
+        super().__init__(grid, (weight_OI.shape[0], weight_OI.shape[1]), start, learn=True)
+        affine = grid.affine(start)
+        tiles = []
+        for rows in row_tiles(*self.shape):
+            levels_KI = grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))
+            tiles.append(self._pack(grid.encode(levels_KI)))
+        self.register_buffer("codes", torch.cat(tiles), persistent=False)
+
+    @classmethod
+    def from_fused(cls, fused: FusedTensor, device: torch.device | None = None) -> Scales:
+        """Begin with the very codes and parts of a fused weight."""
+        start = {name: part.to(device, torch.float32) for name, part in fused.parts.items()}
+        quantizer = cls(torch.zeros(fused.codes_OI.shape, device=device), start, fused.grid)
+        quantizer.codes = quantizer._pack(fused.codes_OI.to(device))
+        return quantizer
+
+    def latent(self, rows: slice, affine: Affine) -> Tensor:
+        """The levels."""
+        return self.grid.decode(self._unpack(self.codes[rows]))
+
+    def large(self) -> dict[str, nn.Parameter]:
+        """Nothing."""
+        return {}
+
+    def backward_rows(self, tile: Tile, grads: dict[str, Tensor]) -> None:
+        """ds and dm are complete already."""

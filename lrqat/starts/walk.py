@@ -1,0 +1,119 @@
+"""Walk through a model's decoder layers with calibration blocks, one layer at a time.
+
+    h_0 = what reaches the first layer;   h_{k+1} = layer_k(h_k)
+
+Held are the hidden states of all blocks in front of one layer, [N, T, H] in the model's dtype. What a layer is called
+with besides (positions, masks) is recorded once, in a run of one block through the whole model; it must not depend on
+the tokens, which is checked on a second block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrqat.errors import LrqatError
+
+
+class _Reached(Exception):
+    """The first decoder layer was called."""
+
+
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers and its name: the module list as long as the configuration says."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise LrqatError(f"{type(model).__name__}: no list of {count} decoder layers; use a start without calibration")
+
+
+class Walk:
+    """Hidden states of calibration blocks on their way through a model.
+
+    Attributes:
+        name: of the list of layers.
+        layers: the decoder layers.
+        states_NTH: in front of the first layer.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, blocks_NT: Tensor) -> None:
+        self.name, self.layers = decoder_layers(model)
+        self.device = next(model.parameters()).device
+        self.calls = _calls(model, self.layers, blocks_NT[:1].to(self.device))
+        for first, second in zip(self.calls, _calls(model, self.layers, blocks_NT[1:2].to(self.device)), strict=False):
+            if not _same(first, second):
+                raise LrqatError(
+                    f"{type(model).__name__}: its layers see more than hidden states and positions; "
+                    "use a start without calibration"
+                )
+        self.states_NTH = torch.cat([self._first(model, block_T[None].to(self.device)) for block_T in blocks_NT])
+
+    def _first(self, model: Any, block_1T: Tensor) -> Tensor:
+        found = []
+
+        def stop(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found.append(_hidden(arguments, named))
+            raise _Reached
+
+        handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            model.base_model(block_1T, use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        state: Tensor = found[0]
+        return state
+
+    def call(self, number: int, states_BTH: Tensor) -> Tensor:
+        """Layer `number` on hidden states; differentiable."""
+        arguments, named = self.calls[number]
+        output = self.layers[number](states_BTH, *arguments, **named)
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+    @torch.no_grad()
+    def run(self, number: int, states_NTH: Tensor) -> Tensor:
+        """Layer `number` on all blocks, one at a time."""
+        return torch.cat([self.call(number, state_TH[None]) for state_TH in states_NTH])
+
+
+@torch.no_grad()
+def _calls(model: Any, layers: nn.ModuleList, block_1T: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What each layer is called with besides hidden states."""
+    if len(block_1T) == 0:
+        return []
+    found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def record(number: int) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found[number] = (arguments[1:], {k: v for k, v in named.items() if k != "hidden_states"})
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        model.base_model(block_1T, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[number] for number in range(len(layers))]
+
+
+def _hidden(arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    return arguments[0] if arguments else named["hidden_states"]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal in every tensor; other objects are not compared."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    return True
