@@ -24,6 +24,8 @@ def detect(path: Path) -> str:
         raise LrqatError(f"{path}: no such file or directory; write it with lrqat-export")
     if path.is_file():
         return "gguf"
+    if not (path / "config.json").is_file():
+        raise LrqatError(f"{path}: no config.json; expected a .gguf file or a directory that lrqat-export wrote")
     config = read_json(path / "config.json").get("quantization_config")
     method = config.get("quant_method") if isinstance(config, dict) else None
     if method not in FORMATS:

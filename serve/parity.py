@@ -35,10 +35,10 @@ from lrqat.console import log
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedTensor, Lazy
-from lrqat.grid import Affine, to_latent
+from lrqat.grid import to_latent
 from lrqat.grids.affine import AffineGrid
 from lrqat.models import fake_quant_model, fused_tokenizer
-from lrqat.ptq import rtn
+from lrqat.ranges import start
 from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, VLLM_INT8, Comparison, Limits, within
 
 CERTIFICATE_VERSION = 1
@@ -130,19 +130,22 @@ def runtime_for(exported: Path, name: str | None, *, threads: int, python: str, 
 
 
 def requantized(checkpoint: FusedCheckpoint) -> FusedCheckpoint:
-    """The negative control: weights rounded a second time, by the stock min-max rule of GPTQ and its kin.
+    """The negative control: weights rounded a second time, by a rule that is not the one of training.
 
-    scale = max|w| / ((2^b - 1) / 2): another scale than the trained one wherever a group has codes at its ends.
+    Symmetric grids get the stock min-max rule of GPTQ and its kin, scale = max|w| / ((2^b - 1) / 2). Other lattices
+    would be found again by their own min-max; they are fitted to a range that is one step wider, as that rule's is.
     """
 
     def make(name: str) -> FusedTensor:
         weight_OI, grid = checkpoint.tensors[name].dequantize(), checkpoint.specs[name].grid
-        if not isinstance(grid, AffineGrid) or not grid.symmetric:
-            return rtn(weight_OI, grid, None, name)
-        groups_OGC = weight_OI.unflatten(1, (-1, grid.columns_per_group(weight_OI.shape[1], name)))
-        scales_OG = grid.wire(groups_OGC.abs().amax(2) / ((grid.codes - 1) / 2))
-        levels_OI = grid.nearest(to_latent(weight_OI, Affine(scales_OG, None)))
-        return FusedTensor.make(grid.encode(levels_OI), {"scales": scales_OG}, grid)
+        if isinstance(grid, AffineGrid) and grid.symmetric:
+            groups_OGC = weight_OI.unflatten(1, (-1, grid.columns_per_group(weight_OI.shape[1], name)))
+            parts = {"scales": grid.wire(groups_OGC.abs().amax(2) / ((grid.codes - 1) / 2))}
+        else:
+            wider = 2.0 if getattr(grid, "power_of_two", False) else grid.codes / (grid.codes - 1)
+            parts = start(weight_OI * wider, grid, None, name)
+        levels_OI = grid.nearest(to_latent(weight_OI, grid.affine(parts)))
+        return FusedTensor.make(grid.encode(levels_OI), parts, grid)
 
     return replace(checkpoint, tensors=Lazy(checkpoint.specs, make))
 
@@ -194,7 +197,7 @@ def certify(
         if controls:
             exact_path = runtime.write_exact(checkpoint, work)
             found_controls["positive"] = measure("positive control", exact_path, EXACT, True)[1]
-            if max(spec.grid.bits for spec in checkpoint.specs.values()) <= NEGATIVE_CONTROL_BITS:
+            if min(spec.grid.bits for spec in checkpoint.specs.values()) <= NEGATIVE_CONTROL_BITS:
                 wrong = runtime.write(requantized(checkpoint), work)
                 negative = measure("negative control", wrong, runtime.limits, False)[1]
                 negative["passed"] &= negative["figures"]["kl"] < TOLD_APART * logits["figures"]["kl"]
