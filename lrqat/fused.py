@@ -19,7 +19,6 @@ truncated files, tensors that the index does not know and the reverse.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from lrqat.errors import LrqatError
 from lrqat.grid import Grid, Part, dequantize
+from lrqat.jsonfile import read_json, write_json
 from lrqat.safestream import DTYPE_NAMES, Entry, tensor_bytes, write_model
 
 VERSION = 1
@@ -381,23 +381,3 @@ def read_assets(directory: Path) -> dict[str, bytes]:
     """The files of ASSETS that exist, but for config.json."""
     found = {name: directory / name for name in ASSETS if name != "config.json"}
     return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or one line that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LrqatError(f"{path}: no such file") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise LrqatError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise LrqatError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write beside, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -6,6 +6,7 @@ Every limit below says which arithmetic stands behind it; the weights are the sa
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,16 +64,6 @@ VLLM_FLOAT16 = Limits(
     logprob=1e-2,
     relative_l2=math.inf,
     why="float16 activations (the dequantized weights served unquantized in float16: KL 2.1e-5, |d| .0048)",
-)
-# W8A8: the reference rounds activations per token as the kernel does, but an activation that falls on the other side
-# of a tie, by float16's noise, changes all that follow: the error is that of a rounded, not of a computed activation.
-VLLM_INT8 = Limits(
-    kl=1e-2,
-    top1=0.94,
-    perplexity=1e-2,
-    logprob=1e-1,
-    relative_l2=math.inf,
-    why="int8 activations on both sides, ties broken by float16 noise (measured over 4 layers: |d| .039, top-1 .99)",
 )
 # bfloat16 has 3 bits fewer: 8x the error, 64x the KL; measured KL 1.3e-3, top-1 .972.
 VLLM_BFLOAT16 = Limits(
@@ -149,4 +140,25 @@ def within(figures: dict[str, float], limits: Limits) -> bool:
         and abs(figures["perplexity_change"]) <= limits.perplexity
         and figures["logprob_difference_mean"] <= limits.logprob
         and (math.isinf(limits.relative_l2) or figures["relative_l2"] <= limits.relative_l2)
+    )
+
+
+def disturbed(figures: Mapping[str, float]) -> Limits:
+    """Limits where activations are rounded to 8 bits per token: twice what a disturbance of 1e-6 does to the reference.
+
+    Rounding is chaotic: an activation that falls on the other side of a tie moves all that follow, and in 30 layers
+    any difference grows to full size. SmolLM2-135M W8A8 in float32, 1e-6 of noise on its embeddings: KL 3.2e-2, mean
+    |d| .16; vLLM against the undisturbed reference: 4.2e-2, .22; without int8 1e-3 of noise gives 2e-6.
+
+    Args:
+        figures: the disturbed reference against the undisturbed one.
+    """
+    return Limits(
+        kl=2 * figures["kl"] + 1e-3,
+        top1=1 - 2 * (1 - figures["top1"]) - 0.02,
+        perplexity=2 * abs(figures["perplexity_change"]) + 2e-2,
+        logprob=2 * figures["logprob_difference_mean"] + 1e-2,
+        relative_l2=math.inf,
+        why=f"int8 activations are chaotic: 1e-6 of noise moves the reference itself by KL {figures['kl']:.1e}, "
+        f"|d| {figures['logprob_difference_mean']:.1e}; twice that is allowed",
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lrqat.errors import LrqatError
 from lrqat.gguf_file import GgufFile
+from lrqat.jsonfile import read_json
 from serve.llama_abi import INSTALL
 
 DEFAULT_DTYPE = "float16"  # rounds eight times finer than bfloat16
@@ -38,6 +39,7 @@ print(torch.cuda.is_available())
 """
 
 _LLAMA_ERROR = re.compile(r"^(?:[\d.]+ )?E +(?!common_fit_params)\S+ +(.*)$")  # 0.01.234.567 E llama_model_load: ...
+_ABORT = re.compile(r"^\s*what\(\):\s+(.+?)\s*$")  # of C++, after "terminate called"
 _EXCEPTION = re.compile(r"(?:^|\s)((?:[\w.]+)?(?:Error|Exception)\b: .+)$")
 _NO_REASON = re.compile(r"See root cause above|Failed to init server")  # the last words of both runtimes
 
@@ -51,24 +53,20 @@ def examine(exported: Path, wanted: str | None) -> tuple[str, bool]:
         raise LrqatError(f"{exported}: {wanted} does not read this format; use --runtime {native}")
     if native == "llama.cpp":
         return native, bool(GgufFile(exported).metadata.get("tokenizer.chat_template"))
-    if "quantization_config" not in _json(exported / "config.json"):
+    if "quantization_config" not in read_json(exported / "config.json"):
         raise LrqatError(f"{exported}: config.json has no quantization_config; export it first: lrqat-export --help")
     tokenizer = exported / "tokenizer_config.json"
-    in_tokenizer = tokenizer.exists() and bool(_json(tokenizer).get("chat_template"))
+    in_tokenizer = tokenizer.exists() and bool(read_json(tokenizer).get("chat_template"))
     return native, in_tokenizer or (exported / "chat_template.jinja").exists()
 
 
-def _json(path: Path) -> dict[str, object]:
-    """lrqat.fused.read_json without torch, which would stay in memory as long as the server."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LrqatError(f"{path}: no such file; expected a directory that lrqat-export wrote") from None
-    except ValueError as error:
-        raise LrqatError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise LrqatError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+def served_dtype(exported: Path) -> str:
+    """The dtype to serve a directory in: float16, but bfloat16 where int8 activations need it (oneDNN with AMX)."""
+    config = read_json(exported / "config.json").get("quantization_config")
+    groups = config.get("config_groups") if isinstance(config, dict) else None
+    found = groups.values() if isinstance(groups, dict) else ()
+    rounded = any(isinstance(group, dict) and group.get("input_activations") for group in found)
+    return "bfloat16" if rounded else DEFAULT_DTYPE
 
 
 def llamacpp_command(path: Path, model: str, host: str, port: int, threads: int | None, ctx: int | None) -> list[str]:
@@ -96,7 +94,7 @@ def vllm_command(
     """The command and its environment; variables that the user has set win."""
     environment = {**VLLM_ENVIRONMENT, **os.environ}
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--served-model-name", model]
-    command += ["--host", host, "--port", str(port), "--dtype", dtype or DEFAULT_DTYPE]
+    command += ["--host", host, "--port", str(port), "--dtype", dtype or served_dtype(path)]
     command += [] if ctx is None else ["--max-model-len", str(ctx)]
     if not _has_cuda(python):
         command.append("--enforce-eager")  # ready in 43 s instead of 90 to 150
@@ -122,9 +120,11 @@ def _has_cuda(python: str) -> bool:
 
 
 def reason(lines: Sequence[str]) -> str:
-    """Why a server ended: llama.cpp's first error, else the last exception that gives a reason, else the last line."""
+    """Why a server ended: llama.cpp's first error, a C++ abort, the last exception with a reason, the last line."""
     if errors := [match[1] for line in lines if (match := _LLAMA_ERROR.match(line))]:
         return errors[0]
+    if aborts := [match[1] for line in lines if (match := _ABORT.search(line))]:
+        return aborts[-1]
     exceptions = [
         f"{match[1]} {following.partition('[type=')[0].strip()}"
         if following.startswith("  ")

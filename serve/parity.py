@@ -39,7 +39,7 @@ from lrqat.grid import to_latent
 from lrqat.grids.affine import AffineGrid
 from lrqat.models import fake_quant_model, fused_tokenizer
 from lrqat.ranges import start
-from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, VLLM_INT8, Comparison, Limits, within
+from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, Comparison, Limits, disturbed, within
 
 CERTIFICATE_VERSION = 1
 TOLD_APART = 3  # a re-rounded model must be outside the limits, or at least so many times as far as the exported one
@@ -92,10 +92,12 @@ def llamacpp(threads: int) -> Runtime:
     )
 
 
-def vllm(exported: Path, threads: int, python: str, dtype: str) -> Runtime:
+def vllm(exported: Path, threads: int, python: str, dtype: str | None) -> Runtime:
     """vLLM for the format of `exported`, in a process of `python`'s environment."""
+    from serve.launch import served_dtype
     from serve.vllm_logprobs import run
 
+    dtype = dtype or served_dtype(exported)
     wire = FORMATS[detect(exported)]
     int8 = wire.read(exported).provenance.get("activations") == "int8"
     options = {"activations": "int8"} if int8 else {}
@@ -103,14 +105,14 @@ def vllm(exported: Path, threads: int, python: str, dtype: str) -> Runtime:
     def logits(path: Path, sequences: list[list[int]], work: Path, exact: bool) -> tuple[str, list[np.ndarray]]:
         folder = work / f"vllm-{path.name}"
         folder.mkdir(exist_ok=True)
-        served = "float32" if exact else dtype
+        served = "float32" if exact else str(dtype)
         result = run(path, sequences, folder, python=python, dtype=served, threads=threads)
         rows = [result.logprobs_TV(i) for i in range(len(sequences))]
         return f"vLLM {result.version} ({result.device}, {result.dtype})", rows
 
     return Runtime(
         "vllm",
-        VLLM_INT8 if int8 else VLLM_FLOAT16 if dtype == "float16" else VLLM_BFLOAT16,
+        VLLM_FLOAT16 if dtype == "float16" else VLLM_BFLOAT16,
         int8,
         wire.read,
         lambda checkpoint, folder: wire.write(checkpoint, folder / "requantized", **options),
@@ -120,7 +122,7 @@ def vllm(exported: Path, threads: int, python: str, dtype: str) -> Runtime:
     )
 
 
-def runtime_for(exported: Path, name: str | None, *, threads: int, python: str, dtype: str) -> Runtime:
+def runtime_for(exported: Path, name: str | None, *, threads: int, python: str, dtype: str | None) -> Runtime:
     """The runtime named, or the one that reads this format."""
     exported = Path(exported)
     native = "llama.cpp" if detect(exported) == "gguf" else "vllm"
@@ -177,6 +179,15 @@ def certify(
         log(f"reference: {len(sequences)} x {length} tokens through transformers, float32")
         reference = reference_logits(checkpoint, sequences, work, runtime.int8_activations)
 
+        limits = runtime.limits
+        if runtime.int8_activations:
+            log("limits: the reference once more, disturbed by 1e-6")
+            other = reference_logits(checkpoint, sequences, work, True, disturbance=1e-6)
+            itself = Comparison()
+            for number, ids in enumerate(sequences):
+                itself.add(reference[number], other[number], ids)
+            limits = disturbed(itself.figures())
+
         def measure(label: str, path: Path, limits: Limits, exact: bool) -> tuple[str, dict[str, Any]]:
             log(f"{label}: {path.name} through {runtime.name}")
             build, found = runtime.logits(path, sequences, work, exact)
@@ -192,14 +203,14 @@ def certify(
                 limits = replace(limits, relative_l2=math.inf)
             return build, {"figures": figures, "limits": asdict(limits), "passed": within(figures, limits)}
 
-        build, logits = measure("logits", exported, runtime.limits, False)
+        build, logits = measure("logits", exported, limits, False)
         found_controls: dict[str, Any] = {}
         if controls:
             exact_path = runtime.write_exact(checkpoint, work)
             found_controls["positive"] = measure("positive control", exact_path, EXACT, True)[1]
             if min(spec.grid.bits for spec in checkpoint.specs.values()) <= NEGATIVE_CONTROL_BITS:
                 wrong = runtime.write(requantized(checkpoint), work)
-                negative = measure("negative control", wrong, runtime.limits, False)[1]
+                negative = measure("negative control", wrong, limits, False)[1]
                 negative["passed"] &= negative["figures"]["kl"] < TOLD_APART * logits["figures"]["kl"]
                 found_controls["negative"] = negative
     passed = equal == total and not differing and tokens_equal and logits["passed"]
@@ -235,17 +246,28 @@ def certify(
 
 
 def reference_logits(
-    checkpoint: FusedCheckpoint, sequences: list[list[int]], work: Path, int8_activations: bool
+    checkpoint: FusedCheckpoint,
+    sequences: list[list[int]],
+    work: Path,
+    int8_activations: bool,
+    disturbance: float = 0.0,
 ) -> list[np.ndarray]:
     """Logits of the fake-quant model, mapped from files; with inputs rounded per token where the kernels do so."""
     model = fake_quant_model(checkpoint)
     if int8_activations:
         rounded = [name for name, spec in checkpoint.specs.items() if meets_int8(spec.grid)]
         round_inputs(model, [name.removesuffix(".weight") for name in rounded])
+    if disturbance:
+        generator = torch.Generator().manual_seed(0)
+
+        def disturb(_module: object, _arguments: object, embedded: torch.Tensor) -> torch.Tensor:
+            return embedded * (1 + disturbance * torch.randn(embedded.shape, generator=generator))
+
+        model.get_input_embeddings().register_forward_hook(disturb)
     found = []
     with torch.no_grad():
         for number, ids in enumerate(sequences):
-            target = work / f"reference-{number}-{'int8' if int8_activations else 'plain'}.npy"
+            target = work / f"reference-{int8_activations}-{disturbance}-{number}.npy"
             np.save(target, model(torch.tensor([ids]), use_cache=False).logits[0].numpy())
             found.append(np.load(target, mmap_mode="r"))
     return found

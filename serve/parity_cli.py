@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of each (512)")
     parser.add_argument("--no-controls", action="store_true", help="skip the positive and the negative control")
     parser.add_argument("--python", default=sys.executable, help="vllm: an interpreter whose environment has vLLM")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16", help="vllm: dtype to serve in")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="vllm: to serve in (float16; W8A8 bfloat16)")
     parser.add_argument("--out", type=Path, metavar="JSON", help="where the certificate goes")
     return parser
 

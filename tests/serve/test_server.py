@@ -300,6 +300,7 @@ def test_vllm_gets_the_settings_of_a_small_machine_where_there_is_no_gpu(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     python = program(tmp_path, "python", f"echo warming up; echo {cuda}", monkeypatch)
+    (tmp_path / "config.json").write_text("{}")
     words, environment = launch.vllm_command(tmp_path, "m", "127.0.0.1", 1234, 2, 64, str(python), None)
     assert words[:3] == [str(python), "-m", "vllm.entrypoints.openai.api_server"]
     assert " ".join(words).count("--dtype float16 --max-model-len 64") == 1
@@ -310,10 +311,22 @@ def test_vllm_gets_the_settings_of_a_small_machine_where_there_is_no_gpu(
     assert environment.get("OMP_NUM_THREADS") == ("2" if on_cpu else None)
 
 
+def test_int8_activations_are_served_in_bfloat16_which_their_kernel_takes(tmp_path: Path) -> None:
+    for inputs, dtype in ((None, "float16"), ({"num_bits": 8}, "bfloat16")):
+        groups = {"group_0": {"input_activations": inputs}}
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"config_groups": groups}}))
+        assert launch.served_dtype(tmp_path) == dtype
+
+
 @pytest.mark.parametrize(
     ("log", "said"),
     [
         ("0.0.1.2 I srv a: fine\n0.0.1.3 E llama_load: error: no rope\n0.0.1.4 E srv  init: exiting", "error: no rope"),
+        (
+            "terminate called after throwing an instance of 'std::runtime_error'\n  what():  scale_C: scalar path\n"
+            "WARNING Tokenizer not available",
+            "scale_C: scalar path",
+        ),
         ("E llama_load: no rope\nRuntimeError: Failed to init server, please check", "no rope"),
         (
             "(Core pid=1) ERROR [a.py:1] ValueError: no kernel\nRuntimeError: x. See root cause above.",

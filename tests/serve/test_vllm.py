@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from exporters import awq, compressed_tensors, gptq, vllm_rules
+from lrqat.activations import round_inputs
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedSpec, Spec
 from lrqat.grid import Grid
@@ -72,20 +73,6 @@ def quantize(model: "torch.nn.Module", grids: dict[str, str]) -> FusedCheckpoint
     )
 
 
-def int8_activations(model: "torch.nn.Module", names: list[str]) -> None:
-    """From now on the inputs of these weights' linears are rounded to int8 per token: s = max|x| / 127, round(x / s).
-
-    What vLLM's W8A8 kernels do with dynamic symmetric activations.
-    """
-
-    def rounded(_: "torch.nn.Module", inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        scale = inputs[0].abs().amax(-1, keepdim=True) / 127
-        return ((inputs[0] / scale).round() * scale, *inputs[1:])
-
-    for name in names:
-        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(rounded)
-
-
 def logprobs_TV(model: "torch.nn.Module", weights: dict[str, Tensor], tokens: list[int]) -> Tensor:
     model.load_state_dict(weights, strict=False)
     with torch.no_grad():
@@ -124,7 +111,8 @@ def test_vllm_serves_the_weights_that_were_trained(
     found = form.read(out)
     weights = {name: tensor.dequantize() for name, tensor in found.tensors.items()} | dict(found.dense)
     if options:
-        int8_activations(model, [name for name, spec in fused.specs.items() if spec.grid.bits == 8])
+        names = [name.removesuffix(".weight") for name, spec in fused.specs.items() if spec.grid.bits == 8]
+        round_inputs(model, names)
     reference_TV = logprobs_TV(model, weights, tokens)
     assert mean_kl(reference_TV, ours_TV) <= (MAX_KL_INT8 if options else MAX_KL)
     assert served.logprobs_TV(1).shape == (2, 512)

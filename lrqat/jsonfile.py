@@ -1,0 +1,29 @@
+"""JSON objects in files; free of torch, for programs that only start others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lrqat.errors import LrqatError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or one line that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LrqatError(f"{path}: no such file") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise LrqatError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise LrqatError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside, then rename."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
