@@ -43,6 +43,7 @@ from lrqat.grids.affine import AffineGrid
 from lrqat.safestream import Entry, write_model
 
 HEAD = "lm_head"
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 ROWS_AT_ONCE = 32  # of packed words, when they are taken apart: they stay in a core's cache
 
@@ -58,8 +59,15 @@ def check(checkpoint: FusedCheckpoint, form: str, carries: Callable[..., Refusal
     for name, spec in checkpoint.specs.items():
         if not name.endswith(".weight"):
             raise LrqatError(f"{form} export: {name} is no linear's weight; keep it dense (--skip)")
-        if refusal := carries(spec.grid, spec.shape, name):
+        if refusal := embedding(name) or carries(spec.grid, spec.shape, name):
             raise LrqatError(f"{form} export: {refusal}")
+
+
+def embedding(name: str) -> Refusal | None:
+    """These formats hold linear layers; vLLM's Llama, among others, fails to load a quantized embedding."""
+    if name.removesuffix(".weight").rpartition(".")[2] not in EMBEDDINGS:
+        return None
+    return Refusal(f"{name}: an embedding, which safetensors formats keep dense", "leave its override out, or use gguf")
 
 
 def write(

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from exporters import gguf_arch, vllm_rules
+from exporters import gguf_arch, hf_directory, vllm_rules
 from exporters.formats import FORMATS
 from exporters.gguf_carry import block_type
 from exporters.refusal import Refusal
@@ -140,7 +140,8 @@ def _stored(checkpoint: FusedCheckpoint, form: str) -> Refusal | None:
             return Refusal(str(error), "name a llama.cpp checkout with --llama-cpp, or use another format")
     for name, spec in checkpoint.specs.items():
         try:
-            refusal: Refusal | None = FORMATS[form].carries(spec.grid, spec.shape, name)
+            refusal = None if form == "gguf" else hf_directory.embedding(name)
+            refusal = refusal or FORMATS[form].carries(spec.grid, spec.shape, name)
         except LrqatError as error:  # the group does not divide
             reason, _, remedy = str(error).partition("; ")
             refusal = Refusal(reason, remedy or "use another grid for it")

@@ -89,3 +89,16 @@ def test_w8a8_is_exported_and_read_back(tiny_model_dir: Path, tmp_path: Path) ->
     assert exporters.cli.main(words) == 0
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
     assert all(group["input_activations"]["dynamic"] for group in groups.values())
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors", "awq"])
+def test_a_quantized_embedding_goes_to_gguf_alone(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    words = ["ptq", str(tiny_model_dir), "--grid", "w4g32", "--override", "embed_tokens=w4g32"]
+    assert lrqat.cli.main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert exporters.cli.main([str(tmp_path / "run"), "--format", form, "--out", str(tmp_path / "x")]) == 2
+    assert "model.embed_tokens.weight: an embedding" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    words = [str(tmp_path / "run"), "--format", "gguf", "--out", str(tmp_path / "x.gguf")]
+    assert exporters.cli.main(words) == 0
