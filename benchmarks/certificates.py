@@ -1,8 +1,8 @@
 """Parity certificates of one model in every format, on the real runtimes; one table, one JSON line.
 
-    python benchmarks/certificates.py MODEL --work DIR [--trained RUN] [--python .venv-vllm/bin/python] [--only gguf]
+    python benchmarks/certificates.py MODEL --work DIR [--trained GRID=RUN ...] [--python PYTHON] [--only gguf]
 
-Every grid is rounded to nearest (w4g32 is taken from `--trained`, when there is a trained run), exported, read back bit
+Every grid is rounded to nearest (but for those that `--trained` names a run of), exported, read back bit
 by bit, and certified with its positive and negative control. What is done is not done again: the table can be stopped.
 """
 
@@ -53,7 +53,7 @@ def certify(
     out = args.work / (f"{name}.gguf" if form == "gguf" else name)
     path = out.with_suffix(".certificate.json") if form == "gguf" else out / "certificate.json"
     if not path.is_file():
-        run = args.trained if args.trained and (grid, overrides) == ("w4g32", ()) else args.work / label
+        run = args.trained.get(label, args.work / label)
         if not (run / "fused" / "fused.json").is_file():
             rules = ("--override", *overrides) if overrides else ()
             command("lrqat.cli", "ptq", args.model, "--grid", grid, *rules, "--out", run)
@@ -70,12 +70,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--trained", type=Path, help="a run on w4g32, for the rows of that grid")
+    parser.add_argument("--trained", nargs="+", default=[], metavar="GRID=RUN", help="w4g32=RUN, w4g32-fp16+q2_k=RUN")
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has vLLM")
     parser.add_argument("--text", nargs="+", default=[])
     parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--only", default="", help="formats, separated by commas")
     args = parser.parse_args()
+    args.trained = {label: Path(run) for label, _, run in (text.partition("=") for text in args.trained)}
     args.work.mkdir(parents=True, exist_ok=True)
     head = f"{'':38} {'weights':>9} {'KL':>9} {'top-1':>6} {'|d logp|':>9} {'control +':>10} {'control -':>10}  verdict"
     print(head, flush=True)

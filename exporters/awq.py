@@ -66,13 +66,8 @@ def carries(grid: Grid, shape: tuple[int, int], name: str = "weight") -> Refusal
     return None
 
 
-def vllm_limits(checkpoint: FusedCheckpoint, device: str = "cpu", tensor_parallel: int = 1) -> Refusal | None:
-    """Why vLLM would not serve this checkpoint from AWQ, or None."""
-    return vllm_rules.limits("awq", checkpoint, device, tensor_parallel)
-
-
-def write(checkpoint: FusedCheckpoint, out_dir: Path) -> Path:
-    """Write the directory; memory is bounded by the largest tensor, and the name appears only when complete."""
+def check(checkpoint: FusedCheckpoint) -> None:
+    """Refuse what cannot be written, from names, shapes and grids."""
     hf_directory.check(checkpoint, "AWQ", carries)
     sizes = {name: affine(spec.grid).group_size for name, spec in checkpoint.specs.items()}
     first, group_size = next(iter(sizes.items()))
@@ -81,6 +76,13 @@ def write(checkpoint: FusedCheckpoint, out_dir: Path) -> Path:
             raise LrqatError(
                 f"AWQ export: {name} has group_size {size} but {first} {group_size}; use one, or compressed-tensors"
             )
+    _not_converted(checkpoint)
+
+
+def write(checkpoint: FusedCheckpoint, out_dir: Path) -> Path:
+    """Write the directory; memory is bounded by the largest tensor, and the name appears only when complete."""
+    check(checkpoint)
+    group_size = next(affine(spec.grid).group_size for spec in checkpoint.specs.values())
     config = {
         "quant_method": "awq",
         "bits": BITS,

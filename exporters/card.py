@@ -38,7 +38,8 @@ def card(checkpoint: FusedCheckpoint, form: str, path: str, dtype: str = "float1
     grids = Counter(str(spec.grid) for spec in checkpoint.specs.values())
     runtime = "gguf" if form == "gguf" else "vllm"
     front = ["---", *([f"base_model: {json.dumps(hub)}"] if hub else []), "library_name: transformers"]
-    front += ["tags:", *(f"- {tag}" for tag in ("lrqat", form, "quantized", "quantization-aware-training")), "---"]
+    tags = ["lrqat", form, "quantized", *(["quantization-aware-training"] if method not in HOW else [])]
+    front += ["tags:", *(f"- {tag}" for tag in tags), "---"]
     rows = {
         "base model": base,
         "method": method,
@@ -55,7 +56,7 @@ def card(checkpoint: FusedCheckpoint, form: str, path: str, dtype: str = "float1
             *front,
             f"# {base.rstrip('/').rpartition('/')[2]}, {', '.join(grids)}, {form}",
             "",
-            "Trained on the very grid that these bytes store: integers were copied, never re-rounded.",
+            f"{HOW.get(method, 'Trained')} on the very grid that these bytes store: integers were copied.",
             "",
             "| | |",
             "|---|---|",
@@ -75,6 +76,8 @@ def card(checkpoint: FusedCheckpoint, form: str, path: str, dtype: str = "float1
     )
 
 
+HOW = {"rtn": "Rounded to nearest, without training,", "import": "Imported, as somebody else quantized it,"}
+HOW |= {"gptq": "Rounded by GPTQ, without training,", "awq": "Rounded after AWQ, without training,"}
 SHOWN = ("steps", "batch_size", "seq_len", "loss", "rank", "lr", "lr_scales", "range_p", "data", "seed")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -92,7 +93,11 @@ def _main(args: argparse.Namespace) -> int:
             "note: not read back; each quantized row was found by its tag (exporters/gguf_foreign.py)", file=sys.stderr
         )
     elif not args.no_verify:
-        result["bitwise_equal"] = verify(as_stored(checkpoint, args.format), exporter.read(written), written)
+        try:
+            result["bitwise_equal"] = verify(as_stored(checkpoint, args.format), exporter.read(written), written)
+        except BaseException:  # a file that is not what it should be does not keep its name
+            shutil.rmtree(written) if written.is_dir() else written.unlink()
+            raise
     if written.is_dir():
         dtype = str(read_json(written / "config.json").get("dtype", "float16"))
         (written / "README.md").write_text(card(checkpoint, args.format, str(written), dtype), encoding="utf-8")

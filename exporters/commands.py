@@ -24,21 +24,28 @@ def split_targets(text: str) -> list[str]:
 
 def blueprint(model: str, grid: Any, override: Sequence[str], skip: Sequence[str]) -> Any:
     """A model's checkpoint as it would be fused: names, shapes and grids, of which nothing else is read."""
-    import torch
 
     from lrqat.assign import Assignment
     from lrqat.fused import FusedCheckpoint, FusedSpec, Spec
+    from lrqat.layers import effective_config
     from lrqat.models import locate
     from lrqat.plan import plan
+    from lrqat.sites import checkpoint_tensors
 
     base = locate(model)
-    decided = plan(base.skeleton(), Assignment.make(grid, override, skip))
-    specs = {}
-    for name, each in decided.grids.items():
-        rows, columns = decided.sites[name].shape
-        specs[name] = FusedSpec(each, (rows, columns))
-    dense = {name: Spec(torch.float16, site.shape) for name, site in decided.sites.items() if name not in specs}
-    return FusedCheckpoint({}, {}, specs, dense, base.config, {})
+    skeleton = base.skeleton()
+    decided = plan(skeleton, Assignment.make(grid, override, skip))
+    specs, dense = {}, {}
+    for name, tensor in checkpoint_tensors(skeleton).items():
+        if name in decided.grids:
+            rows, columns = tensor.shape
+            specs[name] = FusedSpec(decided.grids[name], (rows, columns))
+        else:
+            dense[name] = Spec(tensor.dtype, tuple(tensor.shape))
+    config = effective_config(skeleton, base.config)
+    if config["tie_word_embeddings"]:
+        dense.pop("lm_head.weight", None)
+    return FusedCheckpoint({}, {}, specs, dense, config, base.assets)
 
 
 def grid_for(
@@ -88,6 +95,8 @@ def formats_command(args: argparse.Namespace) -> int:
 
     if args.tensor_parallel < 1:
         raise LrqatError(f"--tensor-parallel: expected at least 1, got {args.tensor_parallel}")
+    if not args.model and (args.override or args.skip):
+        raise LrqatError("--override, --skip: are about a model's weights; name it with --model")
     if args.model:
         checkpoint = blueprint(args.model, Grid.parse(args.grid or "w4g32"), args.override, args.skip)
     elif args.grid:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from exporters import hf_directory, vllm_rules
+from exporters import hf_directory
 from exporters.hf_directory import FLOATS, HEAD, QuantizedDirectory, affine, read_grid, unpacked
 from exporters.packing import WORD_BITS, codes_per_block, pack
 from exporters.refusal import Refusal
@@ -51,6 +51,7 @@ from lrqat.safestream import Entry
 
 PACKED, INT8, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 INT8_GRID = (8, -1, "midpoint")  # bits, group_size and zero of weights that meet int8 activations
+TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}  # activations
 SIGN = 0x80  # code - 128 as a byte
 
 Activations = Literal["int8"] | None
@@ -74,11 +75,15 @@ def carries(
     return None
 
 
-def vllm_limits(
-    checkpoint: FusedCheckpoint, device: str = "cpu", tensor_parallel: int = 1, activations: Activations = None
-) -> Refusal | None:
-    """Why vLLM would not serve this checkpoint from compressed-tensors, or None."""
-    return vllm_rules.limits("compressed-tensors", checkpoint, device, tensor_parallel, activations)
+def check(checkpoint: FusedCheckpoint, *, activations: Activations = None) -> None:
+    """Refuse what cannot be written, from names, shapes and grids."""
+    if activations not in (None, "int8"):
+        raise LrqatError(f"activations: expected int8 or nothing, got {activations!r}")
+    hf_directory.check(
+        checkpoint, "compressed-tensors", lambda grid, shape, name: carries(grid, shape, name, activations)
+    )
+    if activations and not any(meets_int8(spec.grid) for spec in checkpoint.specs.values()):
+        raise LrqatError("compressed-tensors export: int8 activations, but no weight is on grid w8; use --grid w8")
 
 
 def write(checkpoint: FusedCheckpoint, out_dir: Path, *, activations: Activations = None) -> Path:
@@ -90,13 +95,7 @@ def write(checkpoint: FusedCheckpoint, out_dir: Path, *, activations: Activation
         activations: "int8" serves symmetric 8-bit weights per channel with int8 activations; weights of fewer
             bits stay weight-only.
     """
-    if activations not in (None, "int8"):
-        raise LrqatError(f"activations: expected int8 or nothing, got {activations!r}")
-    hf_directory.check(
-        checkpoint, "compressed-tensors", lambda grid, shape, name: carries(grid, shape, name, activations)
-    )
-    if activations and not any(meets_int8(spec.grid) for spec in checkpoint.specs.values()):
-        raise LrqatError("compressed-tensors export: int8 activations, but no weight is on grid w8; use --grid w8")
+    check(checkpoint, activations=activations)
 
     def weight_entries(layer: str, spec: FusedSpec, fused: Callable[[], FusedTensor]) -> list[Entry]:
         int8 = activations and meets_int8(spec.grid)
@@ -195,10 +194,9 @@ def _scheme(grid: AffineGrid, activations: Activations) -> dict[str, Any]:
         "dynamic": False,
         "actorder": None,
     }
-    tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
     return {
         "weights": weights,
-        "input_activations": tokens if int8 else None,
+        "input_activations": {**TOKENS, "group_size": None} if int8 else None,
         "output_activations": None,
         "format": INT8 if int8 else PACKED,
     }
@@ -294,6 +292,10 @@ def _by_word(words: Tensor, bits: int) -> Tensor:
 
 def _declared(directory: QuantizedDirectory) -> Iterator[tuple[int, int, bool, str, bool]]:
     """(bits, group_size, symmetric, format, int8 activations) of every group of the config."""
+    for key in ("transform_config", "kv_cache_scheme", "sparsity_config"):
+        found = directory.config.get(key)
+        if found and not (key == "sparsity_config" and isinstance(found, dict) and found.get("format") == "dense"):
+            raise directory.error(f"quantization_config has a {key}, which changes what the model computes")
     groups = directory.config.get("config_groups")
     for name, group in groups.items() if isinstance(groups, dict) else [("config_groups", groups)]:
         weights = group.get("weights") if isinstance(group, dict) else None
@@ -313,5 +315,11 @@ def _declared(directory: QuantizedDirectory) -> Iterator[tuple[int, int, bool, s
                 f"cannot read {form!r} with num_bits {bits!r}, group_size {size!r}, symmetric {symmetric!r} "
                 f"and type {weights.get('type')!r}"
             )
+        inputs = group.get("input_activations")
+        tokens = inputs is None or (form == INT8 and isinstance(inputs, dict) and TOKENS.items() <= inputs.items())
+        if not tokens or group.get("output_activations"):
+            raise directory.error(
+                f"cannot read activations other than int8 per token, symmetric and dynamic, in {name}"
+            )
         assert isinstance(bits, int) and isinstance(size, int) and isinstance(form, str)
-        yield bits, size, symmetric, form, form == INT8 and group.get("input_activations") is not None
+        yield bits, size, symmetric, form, inputs is not None

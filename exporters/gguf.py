@@ -36,12 +36,14 @@ from exporters.gguf_read import BF16, F16, F32, FLOATS, read
 from exporters.gguf_tokenizer import TokenizerFields, tokenizer_fields
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedTensor
+from lrqat.gguf_file import GgufFile
 from lrqat.ranges import row_tiles
 
 __all__ = ["block_type", "carries", "read", "write"]
 
 FILE_TYPES = {F32: 0, F16: 1, BF16: 32, **{number: kind.file_type for number, kind in BLOCK_TYPES.items()}}
 QUANTIZATION_VERSION = 2
+QUANTIZED_BY = "general.quantized_by"
 ROWS_AT_ONCE = 1024  # of a dense matrix
 
 
@@ -72,17 +74,15 @@ def write(checkpoint: FusedCheckpoint, out: Path, *, dequantized: bool = False) 
         raise LrqatError(f"{out}: expected a file name that ends in .gguf")
     if out.is_dir():
         raise LrqatError(f"{out}: is a directory; name a file that ends in .gguf")
-    shapes = _shapes(checkpoint)
-    gguf_arch.check(checkpoint.hf_config, shapes, checkpoint.tied_head)
-    if not dequantized:
-        for name, spec in checkpoint.specs.items():
-            block_type(spec.grid, spec.shape, name)
-    tokenizer = tokenizer_fields(checkpoint.assets, checkpoint.hf_config)
+    if out.exists() and not _ours(out):
+        raise LrqatError(f"{out}: exists, and is not an export of lrqat; name another --out")
+    tokenizer = check(checkpoint, dequantized=dequantized)
     entries = _entries(checkpoint, dequantized)
     unfinished = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _stream(unfinished, checkpoint, entries, tokenizer)
+        out.with_suffix(".certificate.json").unlink(missing_ok=True)  # of the file that is about to go
         os.replace(unfinished, out)
     except OSError as error:
         raise LrqatError(f"{out}: cannot be written ({error}); free some space or choose another --out") from None
@@ -90,6 +90,26 @@ def write(checkpoint: FusedCheckpoint, out: Path, *, dequantized: bool = False) 
         with suppress(OSError):
             unfinished.unlink()
     return out
+
+
+def check(checkpoint: FusedCheckpoint, *, dequantized: bool = False) -> TokenizerFields:
+    """Refuse what cannot be written, from names, shapes, grids, config and tokenizer; returns the last."""
+    gguf_arch.check(checkpoint.hf_config, _shapes(checkpoint), checkpoint.tied_head)
+    if not dequantized:
+        for name, spec in checkpoint.specs.items():
+            block_type(spec.grid, spec.shape, name)
+        for gguf, names in gguf_arch.architecture(checkpoint.hf_config).names().items():
+            if gguf_arch.is_stack(gguf) and any(name in checkpoint.specs for name in names):
+                _common_type(checkpoint, names)
+    return tokenizer_fields(checkpoint.assets, checkpoint.hf_config)
+
+
+def _ours(path: Path) -> bool:
+    """An earlier export of ours, which may be replaced."""
+    try:
+        return GgufFile(path).metadata.get(QUANTIZED_BY) == "lrqat"
+    except LrqatError:
+        return False
 
 
 def _shapes(checkpoint: FusedCheckpoint) -> dict[str, tuple[int, ...]]:
@@ -184,6 +204,7 @@ def _stream(path: Path, checkpoint: FusedCheckpoint, entries: list[_Entry], toke
     writer = GGUFWriter(path, architecture.family.name)
     try:
         writer.add_type("model")
+        writer.add_string(QUANTIZED_BY, "lrqat")
         writer.add_name(tokenizer.model_name(Path(path.stem).stem))  # of NAME.gguf.partial
         writer.add_file_type(FILE_TYPES[mostly])
         writer.add_quantization_version(QUANTIZATION_VERSION)

@@ -61,7 +61,10 @@ def write(checkpoint: FusedCheckpoint, out: Path, llama_cpp: Path) -> Path:
             fused, unfinished = checkpoint.save(Path(folder) / "fused"), Path(folder) / out.name
             command = [sys.executable, "-m", "exporters.gguf_foreign", str(fused), str(unfinished), str(llama_cpp)]
             root = Path(__file__).resolve().parents[1]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+            environment = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+            }
             child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             if child.returncode:
                 last = (child.stderr.strip().splitlines() or ["no message"])[-1]

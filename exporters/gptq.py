@@ -70,14 +70,14 @@ def carries(grid: Grid, shape: tuple[int, int], name: str = "weight") -> Refusal
         if size % block:
             return Refusal(
                 f"{name}: {axis} {size} is no multiple of {block}: {grid.bits}-bit codes do not fill the int32 words",
-                "keep this linear dense (--skip) or export to GGUF",
+                "keep this linear dense (--skip), or see `lrqat formats`",
             )
     return None
 
 
-def vllm_limits(checkpoint: FusedCheckpoint, device: str = "cpu", tensor_parallel: int = 1) -> Refusal | None:
-    """Why vLLM would not serve this checkpoint from GPTQ, or None. Export goes on: other readers may."""
-    return vllm_rules.limits("gptq", checkpoint, device, tensor_parallel)
+def check(checkpoint: FusedCheckpoint) -> None:
+    """Refuse what cannot be written, from names, shapes and grids."""
+    hf_directory.check(checkpoint, "GPTQ", carries)
 
 
 def write(checkpoint: FusedCheckpoint, out_dir: Path, *, zeros: Literal["v1", "v2"] | None = None) -> Path:
@@ -88,7 +88,7 @@ def write(checkpoint: FusedCheckpoint, out_dir: Path, *, zeros: Literal["v1", "v
         out_dir: replaced if it is an earlier export.
         zeros: how zeros are stored; None is v1, but v2 for asymmetric and for 3-bit grids (see above).
     """
-    hf_directory.check(checkpoint, "GPTQ", carries)
+    check(checkpoint)
     grids = [affine(spec.grid) for spec in checkpoint.specs.values()]
     if zeros is None:
         zeros = "v1" if all(grid.symmetric and grid.bits != 3 for grid in grids) else "v2"

@@ -12,10 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from exporters.formats import detect, read
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedTensor, Lazy
 from lrqat.grids.affine import AffineGrid
+from lrqat.grids.wire import to_wire
 from lrqat.models import locate
 
 HEAD = "lm_head.weight"
@@ -34,28 +37,34 @@ def import_checkpoint(path: Path) -> FusedCheckpoint:
         base = locate(str(path))
         tied = HEAD not in found.specs and HEAD not in found.dense_specs
         found = replace(found, hf_config={**base.config, "tie_word_embeddings": tied}, assets=base.assets)
-    found = replace(found, **symmetric_where_it_is(found))
+    found = replace(found, **simplest(found))
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     provenance = {"method": "import", "source": str(path), "format": form, "sha256": _sha256(files)}
     return replace(found, provenance={**found.provenance, **provenance})
 
 
-def symmetric_where_it_is(checkpoint: FusedCheckpoint) -> dict[str, Any]:
-    """`specs` and `tensors` in which zeros that are all the midpoint are left out: AWQ spells symmetric grids so.
+def simplest(checkpoint: FusedCheckpoint) -> dict[str, Any]:
+    """`specs` and `tensors` on the simplest grids that hold them; reads every weight of an affine grid once.
 
-    Reads every weight that has zeros once.
+    Zeros that are all the midpoint are left out (AWQ spells symmetric grids so), and scales that bfloat16 holds
+    too are portable.
     """
     specs = dict(checkpoint.specs)
     for name, spec in checkpoint.specs.items():
         grid = spec.grid
-        if not isinstance(grid, AffineGrid) or grid.zero != "integer":
+        if not isinstance(grid, AffineGrid) or grid.zero == "minimum":
             continue
-        if bool((checkpoint.tensors[name].parts["zeros"] == grid.midpoint).all()):
-            specs[name] = replace(spec, grid=replace(grid, zero="midpoint"))
+        parts = checkpoint.tensors[name].parts
+        if grid.zero == "integer" and bool((parts["zeros"] == grid.midpoint).all()):
+            grid = replace(grid, zero="midpoint")
+        if torch.equal(to_wire(parts["scales"].float(), "portable"), parts["scales"].float()):
+            grid = replace(grid, scale_precision="portable")
+        specs[name] = replace(spec, grid=grid)
 
     def make(name: str) -> FusedTensor:
         tensor, grid = checkpoint.tensors[name], specs[name].grid
-        return tensor if tensor.grid == grid else FusedTensor(tensor.codes_OI, {"scales": tensor.parts["scales"]}, grid)
+        wanted = grid.parts(*specs[name].shape)
+        return FusedTensor(tensor.codes_OI, {part: tensor.parts[part] for part in wanted}, grid)
 
     return {"specs": specs, "tensors": Lazy(specs, make)}
 

@@ -7,7 +7,7 @@ A *target* is a format, a runtime, or both:
     gptq@vllm-cpu  awq@vllm-gpu  compressed-tensors@vllm-cpu   this format there
     w8a8@vllm-cpu  w8a8@vllm-gpu                               compressed-tensors with activations in int8 too
 
-Exactness comes from each exporter's `carries`, kernels from `vllm_rules` and from the ggml type.
+Exactness comes from what each exporter checks before it writes, kernels from `vllm_rules` and from the ggml type.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from exporters import gguf_arch, hf_directory, vllm_rules
+from exporters import vllm_rules
 from exporters.formats import FORMATS
 from exporters.gguf_carry import block_type
 from exporters.refusal import Refusal
@@ -70,15 +70,12 @@ def answer(checkpoint: FusedCheckpoint, target: str, tensor_parallel: int = 1) -
     form, _, runtime = target.partition("@")
     activations = "int8" if form == "w8a8" else None
     layout = "compressed-tensors" if form == "w8a8" else form
-    if (stored := _stored(checkpoint, layout)) is not None:
+    if (stored := _stored(checkpoint, layout, activations)) is not None:
         return Answer(target, "", stored)
     if runtime == "llama.cpp":
         return Answer(target, _types(checkpoint), None)
-    device = runtime.removeprefix("vllm-")
-    refusal = vllm_rules.limits(layout, checkpoint, device, tensor_parallel, activations)
-    if refusal is None and activations and all(spec.grid.bits != 8 for spec in checkpoint.specs.values()):
-        refusal = Refusal("no 8-bit weight, which int8 activations need", "use --grid w8")
-    return Answer(target, "" if refusal else _kernels(checkpoint, layout, device, activations), refusal)
+    found = vllm_rules.kernels(layout, checkpoint, runtime.removeprefix("vllm-"), tensor_parallel, activations)
+    return Answer(target, "", found) if isinstance(found, Refusal) else Answer(target, "+".join(found), None)
 
 
 def answers(checkpoint: FusedCheckpoint, tensor_parallel: int = 1) -> list[Answer]:
@@ -132,32 +129,19 @@ def table(tensor_parallel: int = 1, grids: Sequence[str] = GRIDS) -> list[dict[s
     return rows
 
 
-def _stored(checkpoint: FusedCheckpoint, form: str) -> Refusal | None:
-    if form == "gguf" and checkpoint.hf_config:
-        try:
-            gguf_arch.architecture(checkpoint.hf_config)
-        except LrqatError as error:
-            return Refusal(str(error), "name a llama.cpp checkout with --llama-cpp, or use another format")
-    for name, spec in checkpoint.specs.items():
-        try:
-            refusal = None if form == "gguf" else hf_directory.embedding(name)
-            refusal = refusal or FORMATS[form].carries(spec.grid, spec.shape, name)
-        except LrqatError as error:  # the group does not divide
-            reason, _, remedy = str(error).partition("; ")
-            refusal = Refusal(reason, remedy or "use another grid for it")
-        if refusal:
-            return refusal
+def _stored(checkpoint: FusedCheckpoint, form: str, activations: str | None = None) -> Refusal | None:
+    """What the exporter itself checks before it writes; of a single weight, what it can hold."""
+    try:
+        if checkpoint.hf_config or form != "gguf":
+            FORMATS[form].check(checkpoint, **({"activations": activations} if activations else {}))
+        else:
+            for name, spec in checkpoint.specs.items():
+                block_type(spec.grid, spec.shape, name)
+    except LrqatError as error:
+        reason, _, remedy = str(error).partition("; ")
+        return Refusal(reason, remedy or "use another grid for it")
     return None
 
 
 def _types(checkpoint: FusedCheckpoint) -> str:
     return "+".join(sorted({block_type(spec.grid, spec.shape, name).name for name, spec in checkpoint.specs.items()}))
-
-
-def _kernels(checkpoint: FusedCheckpoint, layout: str, device: str, activations: str | None) -> str:
-    found = set()
-    for spec in checkpoint.specs.values():
-        met = activations if spec.grid.bits == 8 else None
-        kernel = vllm_rules.kernel(layout, spec.grid, spec.shape, device, activations=met)
-        found |= set() if isinstance(kernel, Refusal) else {kernel.name}
-    return "+".join(sorted(found))

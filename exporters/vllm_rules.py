@@ -15,6 +15,7 @@ along N. Sources, in vllm/model_executor:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,10 @@ SHARDS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "w2")
 MARLIN_GROUPS = (-1, 32, 64, 128)
 WORD_BITS = 32
+NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "plamo2", "glm4")  # config/model.py _FLOAT16_NOT_SUPPORTED_MODELS
+MIXTURE = "mixture of experts (its kernels not checked)"
+
+_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def _loader(layout: str, grid: AffineGrid, device: str, name: str) -> Refusal | 
     """What a layout's loader refuses before any kernel is asked."""
     if layout == "gptq":
         if not grid.symmetric:
-            return Refusal(f"{name}: vLLM loads symmetric GPTQ only, not {grid}", "export it as awq")
+            return Refusal(f"{name}: vLLM loads symmetric GPTQ only, not {grid}", "export it as compressed-tensors")
         if grid.bits not in (4, 8):
             return Refusal(f"{name}: vLLM loads GPTQ with 4 or 8 bits, not {grid.bits}", "use --grid w4g32")
         if grid.group_size not in MARLIN_GROUPS:
@@ -154,10 +159,18 @@ def family(name: str) -> tuple[str, list[str]]:
     return name.removesuffix(".weight"), [name]
 
 
+def experts(name: str) -> str | None:
+    """The layer into which vLLM loads this weight with all other experts' (`...mlp.experts`), or None."""
+    match = _EXPERT.match(name)
+    return match[1] if match else None
+
+
 def with_fused(layers: Sequence[str]) -> list[str]:
     """Layers, and the fused layers of which all shards are among them: vLLM matches patterns against those."""
     found = dict.fromkeys(layers)
     for layer in layers:
+        if together := experts(layer):
+            found[together] = None
         fused, members = family(f"{layer}.weight")
         if all(member.removesuffix(".weight") in found for member in members):
             found[fused] = None
@@ -171,26 +184,65 @@ def limits(
     tensor_parallel: int = 1,
     activations: str | None = None,
 ) -> Refusal | None:
-    """Why vLLM would not serve this checkpoint from this layout, or None: the first weight that stands in the way.
+    """Why vLLM would not serve this checkpoint from this layout, or None: the first weight that stands in the way."""
+    found = kernels(layout, checkpoint, device, tensor_parallel, activations)
+    return found if isinstance(found, Refusal) else None
+
+
+def kernels(
+    layout: str,
+    checkpoint: FusedCheckpoint,
+    device: str = "cpu",
+    tensor_parallel: int = 1,
+    activations: str | None = None,
+) -> Refusal | list[str]:
+    """What runs a checkpoint from this layout, or the first weight that stands in the way.
 
     With int8 activations only 8-bit weights meet them; all others stay weight-only.
     """
-    for name, spec in checkpoint.specs.items():
+    model, specs = checkpoint.hf_config.get("model_type"), checkpoint.specs
+    taken: dict[str, None] = {}
+    for name, spec in specs.items():
+        if model in NO_FLOAT16 and getattr(spec.grid, "scale_precision", "") == "fp16" and activations is None:
+            remedy = "train on a grid without -fp16"
+            return Refusal(
+                f"{name}: vLLM does not serve {model} in float16, which the scales of {spec.grid} need", remedy
+            )
+        if together := experts(name):
+            if refusal := _one_scheme(layout, checkpoint, together):
+                return refusal
+            taken[MIXTURE] = None
+            continue
         layer, members = family(name)
-        shards = [member for member in members if member in checkpoint.specs]
+        shards = [member for member in members if member in specs]
         leaves = ", ".join(member.split(".")[-2] for member in members)
         if any(member in checkpoint.dense_specs for member in members):
             return Refusal(
                 f"{name}: vLLM fuses {leaves}, but some of them are dense", "quantize or --skip them together"
             )
-        if len({_scheme(layout, checkpoint.specs[shard].grid) for shard in shards}) > 1:
+        if len({_scheme(layout, specs[shard].grid) for shard in shards}) > 1:
             return Refusal(f"{name}: vLLM fuses {leaves}, but they are on different grids", "put them on one grid")
-        cut = _cut(name, [checkpoint.specs[shard].shape for shard in shards], spec.grid, layer, tensor_parallel)
+        zeros = layout == "compressed-tensors" and getattr(spec.grid, "zero", "") == "integer" and len(shards) > 1
+        if zeros and any(specs[shard].shape[0] * spec.grid.bits % WORD_BITS for shard in shards):
+            return Refusal(f"{name}: vLLM fuses {leaves}, whose zeros do not fill whole words each", "--skip them")
+        cut = _cut(name, [specs[shard].shape for shard in shards], spec.grid, layer, tensor_parallel)
         if isinstance(cut, Refusal):
             return cut
         met = activations if spec.grid.bits == 8 else None
         if isinstance(found := kernel(layout, spec.grid, cut, device, activations=met, name=name), Refusal):
             return found
+        taken[f"{found.name} (needs {found.needs})" if found.needs else found.name] = None
+    return sorted(taken)
+
+
+def _one_scheme(layout: str, checkpoint: FusedCheckpoint, together: str) -> Refusal | None:
+    """All experts of a layer are one layer for vLLM, of which it looks at the first."""
+    schemes = {_scheme(layout, s.grid) for n, s in checkpoint.specs.items() if n.startswith(f"{together}.")}
+    if len(schemes) > 1 or any(name.startswith(f"{together}.") for name in checkpoint.dense_specs):
+        return Refusal(
+            f"{together}: vLLM loads all experts as one layer, but they are on different grids, or some are dense",
+            "put them on one grid, or --skip all",
+        )
     return None
 
 

@@ -31,6 +31,7 @@ from lrqat.errors import LrqatError
 from lrqat.fused import open_safetensors
 from lrqat.layers import Make, quantizers, swap
 from lrqat.methods.base import WeightQuantizer
+from lrqat.methods.gains import GainQuantizer
 from lrqat.methods.scales import Scales
 from lrqat.plan import Plan
 from lrqat.safestream import Entry, write_file
@@ -185,7 +186,8 @@ def relative_error(found_NTH: Tensor, wanted_NTH: Tensor) -> float:
 def frozen_codes(quantizer: WeightQuantizer) -> WeightQuantizer:
     """A `finish`: from now on only the grid's parts are trained (E2E-QP)."""
     device = next(iter(quantizer.parts().values())).device
-    scales = Scales.from_fused(quantizer.fuse(), device)
+    moved = quantizer.moved() if isinstance(quantizer, GainQuantizer) else 0
+    scales = Scales.from_fused(quantizer.fuse(), device, moved)
     scales.name = quantizer.name
     return scales
 

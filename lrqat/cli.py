@@ -11,7 +11,18 @@ from pathlib import Path
 from exporters.commands import TARGETS_HELP, formats_flags, grid_for, import_flags
 from lrqat.command import common_flags, run, set_threads, show, with_recipe
 from lrqat.errors import LrqatError
-from lrqat.settings import DTYPES, LOSSES, TRAIN_DTYPES, TrainSettings
+from lrqat.settings import (
+    ACTIVATIONS,
+    CALIBRATION_BLOCKS,
+    DOWNCASTS,
+    DTYPES,
+    LOSSES,
+    METHODS,
+    STARTS,
+    TRAIN_DTYPES,
+    Beginning,
+    TrainSettings,
+)
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
 MODEL_HELP = "a Hugging Face directory, a hub id, or a GGUF file"
@@ -21,6 +32,11 @@ OVERRIDE_HELP = (
     "(a part of the name), or =dense; the last that matches wins. The only way to quantize head and embeddings"
 )
 SKIP_HELP = "leave what matches one of these regular expressions, anywhere in its name, as it is"
+METHOD_HELP = (
+    "what is trained: lrqat and l4q low-rank adapters, lsq all weights, scales the grid alone, efficientqat all "
+    "weights layer by layer and then the grid alone"
+)
+DATA_HELP = ".txt or .jsonl files, or hub datasets NAME[:CONFIG][@SPLIT] (default: CPython's own documentation)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,12 +106,37 @@ def grid_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--skip", action="extend", nargs="+", metavar="REGEX", help=SKIP_HELP)
 
 
+def data_flags(p: argparse.ArgumentParser) -> None:
+    """Text, and the blocks that it is cut into."""
+    p.add_argument("--data", action="extend", nargs="+", metavar="SOURCE", help=DATA_HELP)
+    p.add_argument("--seq-len", type=int, help=f"tokens a block ({DEFAULTS['seq_len']})")
+
+
+def beginning_flags(p: argparse.ArgumentParser) -> None:
+    """What is done to the weights before they are rounded."""
+    p.add_argument("--rotate", type=int, metavar="SEED", help="fold random rotations into the weights (llama-like)")
+    p.add_argument(
+        "--untie-head", action="store_true", help="with --rotate: a tied head may become a parameter of its own"
+    )
+    p.add_argument(
+        "--calibration-blocks",
+        type=int,
+        metavar="N",
+        help=f"blocks that GPTQ, AWQ and Block-AP look at ({CALIBRATION_BLOCKS})",
+    )
+
+
+def defaults_of(name: str) -> str:
+    """A setting's default for each method that takes it."""
+    return ", ".join(f"{method} {taken[name]}" for method, taken in METHODS.items() if name in taken)
+
+
 def add_train(commands: argparse._SubParsersAction) -> None:
     """`lrqat train`."""
     p = add_command(
         commands,
         "train",
-        "train adapters inside the rounding of a model's weights, and fuse them into integers",
+        "train what a model's weights are rounded from, and fuse it into integers",
         "lrqat train HuggingFaceTB/SmolLM2-135M --grid w4g32 --data text.txt --steps 400 --out runs/smollm2",
     )
     p.add_argument("model", nargs="?", help=MODEL_HELP)
@@ -107,29 +148,37 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument(
         "--tensor-parallel", type=int, default=1, metavar="N", help="with --for: GPUs a layer is split over (1)"
     )
-    p.add_argument("--method", choices=("lrqat",), help=f"how codes are trained ({DEFAULTS['method']})")
-    p.add_argument(
-        "--data",
-        action="extend",
-        nargs="+",
-        metavar="SOURCE",
-        help=".txt or .jsonl files, or hub datasets NAME[:CONFIG][@SPLIT] (default: CPython's own documentation)",
-    )
+    p.add_argument("--method", choices=METHODS, help=f"{METHOD_HELP} ({DEFAULTS['method']})")
+    p.add_argument("--start", choices=STARTS, help=f"the codes that training begins with ({DEFAULTS['start']})")
+    beginning_flags(p)
+    data_flags(p)
     p.add_argument("--steps", type=int, help=f"optimizer steps ({DEFAULTS['steps']})")
     p.add_argument("--batch-size", type=int, help=f"blocks a forward pass ({DEFAULTS['batch_size']})")
     p.add_argument(
         "--gradient-accumulation", type=int, help=f"forward passes a step ({DEFAULTS['gradient_accumulation']})"
     )
-    p.add_argument("--seq-len", type=int, help=f"tokens a block ({DEFAULTS['seq_len']})")
     p.add_argument(
         "--loss", choices=LOSSES, help=f"distillation from the full-precision model, or CE ({DEFAULTS['loss']})"
     )
-    p.add_argument("--rank", type=int, help=f"rank of A and B ({DEFAULTS['rank']})")
+    p.add_argument("--rank", type=int, help=f"rank of A and B ({defaults_of('rank')})")
     p.add_argument("--alpha", type=float, help="the adapters' multiplier is alpha / rank (default: alpha = rank)")
-    p.add_argument("--downcast", choices=("fixed", "int", "bf16"), help=f"storage of Phi0 ({DEFAULTS['downcast']})")
-    p.add_argument("--lr", type=float, help=f"learning rate of A and B ({DEFAULTS['lr']})")
+    p.add_argument("--downcast", choices=DOWNCASTS, help=f"storage of Phi0 ({defaults_of('downcast')})")
+    p.add_argument("--loftq", action="store_true", help="with --downcast int: A and B begin with what it has lost")
+    p.add_argument("--lr", type=float, help=f"learning rate of adapters or weights ({defaults_of('lr')})")
     p.add_argument(
         "--lr-scales", type=float, help=f"relative learning rate of the scales; 0 freezes ({DEFAULTS['lr_scales']})"
+    )
+    p.add_argument("--block-epochs", type=int, help=f"epochs of Block-AP ({defaults_of('block_epochs')})")
+    p.add_argument(
+        "--block-lr-scales",
+        type=float,
+        help=f"relative learning rate of the scales in Block-AP ({defaults_of('block_lr_scales')})",
+    )
+    p.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        help="round what flows into quantized layers, per token: 8 or 4 bits with a zero, or int8 as vLLM's kernels "
+        "(default: not at all)",
     )
     p.add_argument("--warmup", type=float, help=f"share of the steps ({DEFAULTS['warmup']})")
     p.add_argument("--range-p", type=float, help=f"exponent of the range search; 0 is min-max ({DEFAULTS['range_p']})")
@@ -142,8 +191,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     p.set_defaults(body=train_command)
 
 
-def train_command(args: argparse.Namespace) -> int:
-    """Body of `lrqat train`."""
+def train_settings(args: argparse.Namespace) -> TrainSettings:
+    """What the flags of `lrqat train` say."""
     given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     given["model"] = args.model or args.model_flag
     for name in ("model", "out"):
@@ -159,6 +208,12 @@ def train_command(args: argparse.Namespace) -> int:
         rules = (settings.override, settings.skip)
         grid = grid_for(settings.model, args.grid, *rules, args.targets, args.tensor_parallel)
         settings = dataclasses.replace(settings, grid=grid)
+    return settings
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """Body of `lrqat train`."""
+    settings = train_settings(args)
 
     from lrqat.train import Interrupted, train
 
@@ -177,12 +232,14 @@ def add_ptq(commands: argparse._SubParsersAction) -> None:
         commands,
         "ptq",
         "round a model to a grid without training: the baseline, in the same fused checkpoint",
-        "lrqat ptq HuggingFaceTB/SmolLM2-135M --grid w4g32 --method rtn --out runs/rtn",
+        "lrqat ptq HuggingFaceTB/SmolLM2-135M --grid w4g32 --method gptq --data text.txt --out runs/gptq",
     )
     p.add_argument("model", help=MODEL_HELP)
     p.add_argument("--out", required=True, help="the run's directory; the checkpoint is OUT/fused")
     grid_flags(p)
-    p.add_argument("--method", choices=("rtn",), default="rtn", help="round to nearest")
+    p.add_argument("--method", choices=STARTS, default="rtn", help="round to nearest, or with calibration text (rtn)")
+    beginning_flags(p)
+    data_flags(p)
     p.add_argument("--range-p", type=float, default=3.5, help="exponent of the range search; 0 is min-max (3.5)")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the dense weights (bfloat16)")
     p.set_defaults(body=ptq_command)
@@ -195,6 +252,13 @@ def ptq_command(args: argparse.Namespace) -> int:
 
     grid, override, skip = Grid.parse(args.grid or str(DEFAULTS["grid"])), args.override or [], args.skip or []
     Assignment.make(grid, override, skip)  # refuses before anything heavy is imported
+    text = {"data": args.data, "seq_len": args.seq_len, "calibration_blocks": args.calibration_blocks}
+    if args.method == "rtn" and (given := [name for name, value in text.items() if value is not None]):
+        raise LrqatError(f"{given[0]}: method rtn looks at no text; leave it out, or use --method gptq")
+    seq_len = Beginning.seq_len if args.seq_len is None else args.seq_len
+    count = CALIBRATION_BLOCKS if args.calibration_blocks is None else args.calibration_blocks
+    blocks = None if args.method == "rtn" else count
+    beginning = Beginning(args.method, args.rotate, args.untie_head, tuple(args.data or ()), seq_len, blocks)
 
     import torch
 
@@ -203,10 +267,20 @@ def ptq_command(args: argparse.Namespace) -> int:
     from lrqat.ptq import quantize
 
     fused = quantize(
-        locate(args.model), grid, args.range_p or None, skip, getattr(torch, args.dtype), Path(args.out), override
+        locate(args.model),
+        grid,
+        args.range_p or None,
+        skip,
+        getattr(torch, args.dtype),
+        Path(args.out),
+        override,
+        beginning,
     )
     counts = FusedCheckpoint.load(fused).counts()
-    show({"grid": str(grid), "override": override or None, **counts, "fused": str(fused)}, args.json)
+    show(
+        {"grid": str(grid), "override": override or None, "method": args.method, **counts, "fused": str(fused)},
+        args.json,
+    )
     return 0
 
 

@@ -118,6 +118,12 @@ def _text_ids(text: str, tokenizer: Any) -> Iterator[list[int]]:
         yield [tokenizer.eos_token_id]
 
 
+def draw(blocks_NT: Tensor, count: int, seed: int) -> Tensor:
+    """At most `count` of the blocks, in an order drawn from the seed."""
+    order = torch.randperm(len(blocks_NT), generator=torch.Generator().manual_seed(seed))
+    return blocks_NT[order[:count]]
+
+
 def blocks(
     sources: Sequence[str], tokenizer: Any, length: int, limit: int | None = None, enough: int | None = None
 ) -> Tensor:

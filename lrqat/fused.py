@@ -18,9 +18,11 @@ truncated files, tensors that the index does not know and the reverse.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +40,7 @@ from lrqat.jsonfile import read_json, write_json
 from lrqat.safestream import DTYPE_NAMES, Entry, tensor_bytes, write_model
 
 VERSION = 1
+UNFINISHED = ".lrqat-unfinished"  # ending of directories that are being written, or put aside
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 # Everything beside the weights that a Hugging Face model directory carries to its users.
@@ -359,22 +362,25 @@ def fresh_directory(final: Path, ours: Callable[[Path], bool] = lambda _: False)
     """
     if final.exists() and not (final.is_dir() and (ours(final) or not any(final.iterdir()))):
         raise LrqatError(f"{final}: exists, and is not an earlier result of this command; name another --out")
-    partial = final.with_name(final.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir()
+    for left in final.parent.glob(f".{glob.escape(final.name)}.*{UNFINISHED}"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    partial, old = (Path(tempfile.mkdtemp(UNFINISHED, f".{final.name}.", final.parent)) for _ in range(2))
+    partial.chmod(0o777 & ~_umask())
     try:
         yield partial
-        old = final.with_name(final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
         if final.exists():
-            os.replace(final, old)
+            os.replace(final, old / "old")
         os.replace(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def read_assets(directory: Path) -> dict[str, bytes]:

@@ -1,7 +1,13 @@
-"""Post-training quantization into the same fused checkpoint: the baseline, and the start, of training."""
+"""Post-training quantization into the same fused checkpoint: the baseline, and the start, of training.
+
+Round to nearest works weight by weight, when the checkpoint is written. AWQ, GPTQ and rotations change the whole model
+before (`lrqat.begin`); then its weights are rounded in the same way, with GPTQ's parts where it found some.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,26 +15,29 @@ import torch
 from torch import Tensor
 
 from lrqat.assign import Assignment
-from lrqat.console import log
+from lrqat.begin import check_layers, prepare, untie
+from lrqat.console import device, log
+from lrqat.data import blocks, draw
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
-from lrqat.grid import Grid, to_latent
+from lrqat.grid import Grid
 from lrqat.layers import dense_tensors, effective_config
 from lrqat.models import Base
 from lrqat.plan import plan
 from lrqat.provenance import provenance
-from lrqat.ranges import row_tiles, start
+from lrqat.ranges import start
+from lrqat.safestream import tensor_bytes
+from lrqat.settings import Beginning
 from lrqat.sites import checkpoint_tensors
+from lrqat.starts.codes import rounded
+
+RTN = Beginning()
+CALIBRATION_SEED = 0  # of which blocks are drawn from the text
 
 
 def rtn(weight_OI: Tensor, grid: Grid, p: float | None, name: str = "weight") -> FusedTensor:
     """Round to nearest with the parts that `lrqat.ranges.start` finds (min-max when p is None)."""
-    parts = start(weight_OI, grid, p, name)
-    affine = grid.affine(parts)
-    tiles = []
-    for rows in row_tiles(*weight_OI.shape):
-        tiles.append(grid.encode(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))))
-    return FusedTensor.make(torch.cat(tiles), parts, grid)
+    return rounded(weight_OI, start(weight_OI, grid, p, name), grid)
 
 
 def quantize(
@@ -39,8 +48,9 @@ def quantize(
     dtype: torch.dtype,
     out: Path,
     override: Sequence[str] = (),
+    beginning: Beginning = RTN,
 ) -> Path:
-    """RTN of a whole model, written to `out`/fused; returns that path.
+    """Quantize a whole model into `out`/fused; returns that path.
 
     Args:
         base: the model.
@@ -50,27 +60,42 @@ def quantize(
         dtype: of the dense weights.
         out: the run's directory.
         override: PATTERN=GRID (`lrqat.assign`).
+        beginning: what is done before weights are rounded; by default, nothing.
     """
     if (out / "run.json").exists():
         raise LrqatError(f"{out}: holds a training run; name another --out")
-    decided = plan(base.skeleton(), Assignment.make(grid, override, skip))
+    skeleton = base.skeleton()
+    untie(skeleton, beginning)
+    decided = plan(skeleton, Assignment.make(grid, override, skip))
     log(f"{base.source}: {decided}")
+    settings = {"model": base.source, "grid": str(grid), "range_p": p, "override": list(override), "skip": list(skip)}
+    calibration_NT, more = torch.empty(0, beginning.seq_len, dtype=torch.int64), {}
+    if beginning.calibrated:
+        text_NT = blocks(beginning.data, base.tokenizer, beginning.seq_len, enough=beginning.blocks)
+        calibration_NT = draw(text_NT, beginning.blocks or 0, CALIBRATION_SEED)
+        more["data_sha256"] = hashlib.sha256(tensor_bytes(calibration_NT)).hexdigest()
+        log(f"{base.source}: {len(calibration_NT)} calibration blocks of {beginning.seq_len} tokens")
     model = base.model(dtype)
+    parts = {}
+    if beginning.changes:
+        settings |= dataclasses.asdict(beginning)
+        check_layers(model, beginning)
+        parts = prepare(model.to(device()), decided, beginning, calibration_NT, p)
     weights = checkpoint_tensors(model)
     specs = {name: FusedSpec(g, tuple(weights[name].shape)) for name, g in decided.grids.items()}  # type: ignore[arg-type]
     dense = {name: tensor for name, tensor in dense_tensors(model).items() if name not in specs}
+
+    def fuse(name: str) -> FusedTensor:
+        weight_OI, own = weights[name], specs[name].grid
+        return rounded(weight_OI, parts[name], own) if name in parts else rtn(weight_OI, own, p, name)
+
     checkpoint = FusedCheckpoint(
-        tensors=Lazy(specs, lambda name: rtn(weights[name], specs[name].grid, p, name)),
+        tensors=Lazy(specs, fuse),
         dense=dense,
         specs=specs,
         dense_specs={name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()},
         hf_config=effective_config(model, base.config),
         assets=base.assets,
-        provenance=provenance(
-            "rtn",
-            {"model": base.source, "grid": str(grid), "range_p": p, "override": list(override), "skip": list(skip)},
-            base.sha256(),
-            decided.skipped,
-        ),
+        provenance=provenance(beginning.method, settings, base.sha256(), decided.skipped, **more),
     )
     return checkpoint.save(out / "fused")

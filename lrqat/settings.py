@@ -1,4 +1,4 @@
-"""What a training run is told: one frozen dataclass, validated once. Its fields are the flags and recipe keys."""
+"""What a run is told: frozen dataclasses, validated once. Their fields are the flags and recipe keys."""
 
 from __future__ import annotations
 
@@ -14,30 +14,93 @@ from lrqat.grid import Grid
 LOSSES = ("kd", "ce")
 DTYPES = ("bfloat16", "float16", "float32")
 TRAIN_DTYPES = ("bfloat16", "float32")  # float16 gradients underflow without loss scaling
-METHODS = ("lrqat",)
 DOWNCASTS = ("fixed", "int", "bf16")
+STARTS = ("rtn", "gptq", "awq", "awq+gptq")
+ACTIVATIONS = {"8": (8, False), "4": (4, False), "int8": (8, True)}  # (bits, symmetric) of `lrqat.activations`
 MAX_RANGE_P = 16.0  # beyond, |error|^p leaves float32
+CALIBRATION_BLOCKS = 64
+
+# What only some methods take, with their defaults; the others refuse it.
+METHODS: dict[str, dict[str, Any]] = {
+    "lrqat": {"rank": 32, "alpha": None, "downcast": "fixed", "loftq": False, "lr": 1e-2},
+    "lsq": {"lr": 1e-4},
+    "l4q": {"rank": 4, "alpha": None, "lr": 3e-3},
+    "scales": {},
+    "efficientqat": {"lr": 1e-4, "block_epochs": 2, "block_lr_scales": 1e-3},
+}
+CHOSEN = ("rank", "alpha", "downcast", "loftq", "lr", "block_epochs", "block_lr_scales")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is done to the weights before they are rounded, and the text for it; of `lrqat train` and `lrqat ptq`.
+
+    Attributes:
+        method: one of STARTS.
+        rotate: seed of a rotation that folds into the weights; None: none.
+        untie_head: a tied head may become a parameter of its own, which a rotation needs.
+        data: sources of calibration text.
+        seq_len: tokens of a calibration block.
+        blocks: how many there are; None where nothing is calibrated.
+    """
+
+    method: str = "rtn"
+    rotate: int | None = None
+    untie_head: bool = False
+    data: tuple[str, ...] = ()
+    seq_len: int = 512
+    blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("start", self.method, STARTS)
+        if self.untie_head and self.rotate is None:
+            raise LrqatError("untie_head: only a rotation unties the head; leave it out, or give --rotate SEED")
+        if self.calibrated and (self.blocks or 0) < 2:
+            raise LrqatError(f"calibration_blocks: expected at least 2, got {self.blocks}")
+
+    @property
+    def steps(self) -> list[str]:
+        """The start's parts: ["awq", "gptq"] of awq+gptq."""
+        return self.method.split("+")
+
+    @property
+    def calibrated(self) -> bool:
+        """It needs text."""
+        return self.method != "rtn"
+
+    @property
+    def changes(self) -> bool:
+        """The model's weights are changed before they are rounded."""
+        return self.calibrated or self.rotate is not None
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of `lrqat train`; see `lrqat train --help` for what each means."""
+    """Settings of `lrqat train`; see `lrqat train --help` for what each means. None: the method's default."""
 
     model: str
     out: str
     grid: str = "w4g32"
     method: str = "lrqat"
+    start: str = "rtn"
+    rotate: int | None = None
+    untie_head: bool = False
+    calibration_blocks: int | None = None
     data: tuple[str, ...] = ()
     steps: int = 200
     batch_size: int = 2
     gradient_accumulation: int = 1
     seq_len: int = 512
     loss: str = "kd"
-    rank: int = 32
+    rank: int | None = None
     alpha: float | None = None
-    downcast: str = "fixed"
-    lr: float = 1e-2
+    downcast: str | None = None
+    loftq: bool = False
+    lr: float | None = None
     lr_scales: float = 4e-3
+    block_epochs: int | None = None
+    block_lr_scales: float | None = None
+    activations: str | None = None
     warmup: float = 0.1
     range_p: float | None = 3.5
     override: tuple[str, ...] = ()
@@ -49,24 +112,57 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         _ = self.assignment  # refuses grids and patterns that are none
-        choices = {"loss": LOSSES, "dtype": TRAIN_DTYPES, "method": METHODS, "downcast": DOWNCASTS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise LrqatError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("steps", "batch_size", "gradient_accumulation", "rank", "save_every"):
-            if getattr(self, name) < 1:
-                raise LrqatError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        one_of("method", self.method, METHODS)
+        one_of("loss", self.loss, LOSSES)
+        one_of("dtype", self.dtype, TRAIN_DTYPES)
+        self._choose()
+        if self.activations is not None:
+            one_of("activations", self.activations, ACTIVATIONS)
+        if self.downcast is not None:
+            one_of("downcast", self.downcast, DOWNCASTS)
+        for name in ("steps", "batch_size", "gradient_accumulation", "rank", "save_every", "block_epochs"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise LrqatError(f"{name}: expected at least 1, got {value}")
         if self.seq_len < 2:
             raise LrqatError(f"seq_len: expected at least 2, got {self.seq_len}")
-        for name in ("lr", "lr_scales"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise LrqatError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
+        for name in ("lr", "lr_scales", "block_lr_scales"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                raise LrqatError(f"{name}: expected a finite number of at least 0, got {value}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise LrqatError(f"alpha: expected a finite number above 0, got {self.alpha}")
         if self.range_p is not None and not 0 < self.range_p <= MAX_RANGE_P:
             raise LrqatError(f"range_p: expected above 0 and at most {MAX_RANGE_P}, or min-max, got {self.range_p}")
         if not 0 <= self.warmup < 1:
             raise LrqatError(f"warmup: expected a share of the steps in [0, 1), got {self.warmup}")
+        self._combine()
+
+    def _choose(self) -> None:
+        """Put the method's defaults where nothing was given; refuse what the method does not take."""
+        defaults = METHODS[self.method]
+        for name in CHOSEN:
+            given = getattr(self, name)
+            if name not in defaults and given not in (None, False):
+                takers = " and ".join(method for method, taken in METHODS.items() if name in taken)
+                raise LrqatError(f"{name}: method {self.method} has none, only {takers}; leave it out")
+            if name in defaults and given is None:
+                object.__setattr__(self, name, defaults[name])
+        calibrated = self.start != "rtn" or self.method == "efficientqat"
+        if calibrated and self.calibration_blocks is None:
+            object.__setattr__(self, "calibration_blocks", CALIBRATION_BLOCKS)
+        if not calibrated and self.calibration_blocks is not None:
+            raise LrqatError("calibration_blocks: start rtn needs none; leave it out, or use --start gptq")
+
+    def _combine(self) -> None:
+        """Refuse settings that are sound alone but not together."""
+        _ = self.beginning
+        if self.method == "efficientqat" and (self.calibration_blocks or 0) < 2:
+            raise LrqatError(f"calibration_blocks: expected at least 2, got {self.calibration_blocks}")
+        if self.lr_scales == 0 and self.method in ("scales", "efficientqat"):
+            raise LrqatError(f"lr_scales: at 0, method {self.method} has nothing to train; give --lr-scales")
+        if self.loftq and self.downcast != "int":
+            raise LrqatError(f"loftq: downcast {self.downcast} loses nothing to make up for; use --downcast int")
+        if self.activations is not None and self.method == "efficientqat":
+            raise LrqatError("activations: Block-AP does not round them; use another --method, or leave it out")
 
     @property
     def assignment(self) -> Assignment:
@@ -74,10 +170,26 @@ class TrainSettings:
         return Assignment.make(Grid.parse(self.grid), self.override, self.skip)
 
     @property
-    def blocks_needed(self) -> int:
-        """Blocks that the run sees, if there is enough text."""
+    def beginning(self) -> Beginning:
+        """What is done before the weights are rounded."""
+        return Beginning(self.start, self.rotate, self.untie_head, self.data, self.seq_len, self.calibration_blocks)
+
+    @property
+    def blocks_trained(self) -> int:
+        """Blocks that the steps see, if there is enough text."""
         return self.steps * self.batch_size * self.gradient_accumulation
+
+    @property
+    def blocks_needed(self) -> int:
+        """Blocks that the run sees, calibration included, if there is enough text."""
+        return max(self.blocks_trained, self.calibration_blocks or 0)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON and for the run's fingerprint."""
         return dataclasses.asdict(self)
+
+
+def one_of(name: str, value: Any, allowed: Any) -> None:
+    """Refuse what is no choice."""
+    if value not in allowed:
+        raise LrqatError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")

@@ -1,15 +1,22 @@
 """Train a model on a grid: base model in, RUN/fused out.
 
-RUN/run.json        settings, base hash, data hash: what `--resume` must find unchanged
-RUN/teacher.npy     the teacher's hidden states while training (removed at the end)
-RUN/checkpoints/    adapters, scales and optimizer state
+RUN/run.json            settings, base hash, data hash: what `--resume` must find unchanged
+RUN/teacher.npy         the teacher's hidden states while training
+RUN/start.safetensors   the weights behind a rotation, AWQ or GPTQ
+RUN/blocks/             layers that Block-AP has finished
+RUN/checkpoints/        what is trained, and optimizer state
 RUN/metrics.jsonl, RUN/loss.png, RUN/summary.json
-RUN/fused/          the fused checkpoint
+RUN/fused/              the fused checkpoint; once it is there, teacher, start and blocks are removed
+
+The teacher is the pretrained model, before anything is done to its weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,24 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrqat.begin import check_layers, prepare_once, swap_for_training, train_blocks, untie
 from lrqat.console import device, log, peak_memory_gb
-from lrqat.data import blocks
+from lrqat.data import blocks, draw
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, read_json, write_json
-from lrqat.grid import Grid
-from lrqat.layers import fuse_model, quantizers, swap
+from lrqat.layers import fuse_model, quantizers
 from lrqat.losses import body_and_head
-from lrqat.methods.base import WeightQuantizer
-from lrqat.methods.lr_qat import LRQAT
-from lrqat.methods.rounded import Rounded
+from lrqat.methods.gains import GainQuantizer
 from lrqat.models import Base, locate
 from lrqat.plan import Plan, plan
 from lrqat.provenance import provenance
-from lrqat.ptq import rtn
-from lrqat.ranges import start
 from lrqat.safestream import tensor_bytes
 from lrqat.settings import TrainSettings
-from lrqat.sites import TRAINED, Site
 from lrqat.teacher import Blocks, cache_teacher
 from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint, read_metrics
 
@@ -55,11 +57,14 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     if (out / "run.json").exists() and not resume:
         raise LrqatError(f"{out}: holds a run already; go on with --resume, or name another --out")
     base = locate(settings.model)
-    decided = plan(base.skeleton(), settings.assignment, settings.rank)
+    skeleton = base.skeleton()
+    untie(skeleton, settings.beginning)
+    decided = plan(skeleton, settings.assignment, settings.rank)
     dtype = getattr(torch, settings.dtype)
     text_NT = blocks(settings.data, base.tokenizer, settings.seq_len, enough=settings.blocks_needed)
-    blocks_NT = shuffled(text_NT, settings)
-    fingerprint = make_fingerprint(base, blocks_NT, settings)
+    seen_NT = draw(text_NT, settings.blocks_needed, settings.seed)
+    blocks_NT, calibration_NT = seen_NT[: settings.blocks_trained], seen_NT[: settings.calibration_blocks or 0]
+    fingerprint = make_fingerprint(base, seen_NT, settings)
     if resume:
         check_fingerprint(out / "run.json", fingerprint)
         if (out / "summary.json").is_file() and (out / "fused" / "fused.json").is_file():
@@ -68,6 +73,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     log(f"{settings.model}: {decided}")
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
     model = base.model(dtype).to(device())
+    check_layers(model, settings.beginning)
     body, head = body_and_head(model)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "run.json", fingerprint)
@@ -77,7 +83,9 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         key = f"{fingerprint['base_sha256']} {fingerprint['data_sha256']} {settings.dtype}"
         cache_teacher(teacher, body, blocks_NT, head.weight_VH.shape[1], dtype, key)
     head_VH = head.weight_VH.detach()
-    swap_for_training(model, decided, settings)
+    if teacher and settings.rotate is not None:
+        head_VH = head_VH.clone()  # the model's own is rotated in place
+    make_quantized(model, decided, settings, calibration_NT, out, fingerprint)
     teacher_VH = head_VH if teacher and model.get_output_embeddings().weight.data_ptr() != head_VH.data_ptr() else None
     del head, head_VH
     trainer = make_trainer(model, Blocks(blocks_NT, teacher, dtype), settings, out, teacher_VH)
@@ -98,15 +106,27 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     summary = write_summary(
         out, checkpoint_out, settings, moved, training_started - started, time.monotonic() - started
     )
-    for left in (out / "teacher.npy", out / "teacher.json"):
-        left.unlink(missing_ok=True)
+    for left in ("teacher.npy", "teacher.json", "start.safetensors"):
+        (out / left).unlink(missing_ok=True)
+    shutil.rmtree(out / "blocks", ignore_errors=True)
     return summary
 
 
-def shuffled(blocks_NT: Tensor, settings: TrainSettings) -> Tensor:
-    """The blocks that the run will see, in an order drawn from the seed."""
-    order = torch.randperm(len(blocks_NT), generator=torch.Generator().manual_seed(settings.seed))
-    return blocks_NT[order[: settings.blocks_needed]]
+def make_quantized(
+    model: Any, decided: Plan, settings: TrainSettings, calibration_NT: Tensor, out: Path, fingerprint: dict[str, Any]
+) -> None:
+    """The pretrained model becomes the one that is trained end to end; what takes long is kept in the run's folder."""
+    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    beginning = settings.beginning
+    by_blocks = settings.method == "efficientqat"
+    if by_blocks:  # GPTQ works on each layer when its turn comes
+        beginning = dataclasses.replace(beginning, method="awq" if "awq" in beginning.steps else "rtn")
+    path = out / "start.safetensors"
+    parts = prepare_once(model, decided, beginning, calibration_NT, settings.range_p, path, key)
+    if by_blocks:
+        train_blocks(model, decided, settings, calibration_NT, out / "blocks", key)
+    else:
+        swap_for_training(model, decided, settings, parts)
 
 
 def make_fingerprint(base: Base, blocks_NT: Tensor, settings: TrainSettings) -> dict[str, Any]:
@@ -135,27 +155,6 @@ def check_fingerprint(path: Path, now: dict[str, Any]) -> None:
             raise LrqatError(f"{path}: the {what} has changed since the run was started; start a new run")
 
 
-def swap_for_training(model: Any, decided: Plan, settings: TrainSettings) -> None:
-    """Put an LRQAT quantizer in the place of every linear layer and expert; round head and embeddings, if asked to."""
-    generator = torch.Generator().manual_seed(settings.seed)
-
-    def make(site: Site, weight_OI: Tensor, grid: Grid) -> WeightQuantizer:
-        if site.kind not in TRAINED:
-            return Rounded(rtn(weight_OI, grid, settings.range_p, site.name), weight_OI.device)
-        return LRQAT(
-            weight_OI,
-            start(weight_OI, grid, settings.range_p, site.name),
-            grid,
-            rank=settings.rank,
-            alpha=settings.rank if settings.alpha is None else settings.alpha,
-            downcast=settings.downcast,
-            learn_scales=settings.lr_scales > 0,
-            generator=generator,
-        )
-
-    swap(model, decided, make)
-
-
 def make_trainer(
     model: Any, data: Blocks, settings: TrainSettings, out: Path, teacher_VH: Tensor | None = None
 ) -> LowRankTrainer:
@@ -168,7 +167,7 @@ def make_trainer(
     loss_model = LossModel(model, teacher_VH)
     trained = loss_model.trained()
     groups = [
-        {"params": [p for n, p in trained.items() if ".gains." not in n], "lr": settings.lr},
+        {"params": [p for n, p in trained.items() if ".gains." not in n], "lr": settings.lr or 0.0},
         {"params": [p for n, p in trained.items() if ".gains." in n], "lr": settings.lr_scales},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
@@ -202,16 +201,9 @@ def make_trainer(
 
 
 def moved_codes(model: Any) -> float:
-    """Share of the trained weights whose code differs from the start's, which is round(Phi0)."""
-    moved = total = 0
-    for quantizer in quantizers(model).values():
-        if not isinstance(quantizer, LRQAT):
-            continue
-        grid, affine = quantizer.grid, quantizer.affine()
-        for rows in quantizer.tiles():
-            moved += int((quantizer.levels(rows, affine) != grid.nearest(quantizer.frozen(rows))).sum())
-        total += quantizer.shape[0] * quantizer.shape[1]
-    return moved / total
+    """Share of the trained weights whose code differs from the start's."""
+    trained = [q for q in quantizers(model).values() if isinstance(q, GainQuantizer)]
+    return sum(q.moved() for q in trained) / sum(q.shape[0] * q.shape[1] for q in trained)
 
 
 def write_summary(
@@ -225,6 +217,7 @@ def write_summary(
         "grid": settings.grid,
         "override": list(settings.override) or None,
         "method": settings.method,
+        "start": settings.start,
         "steps": settings.steps,
         "loss_first": metrics[0]["loss"],
         "loss_last_tenth": sum(tail) / len(tail),

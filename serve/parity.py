@@ -43,6 +43,7 @@ from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, Comparis
 
 CERTIFICATE_VERSION = 1
 TOLD_APART = 3  # a re-rounded model must be outside the limits, or at least so many times as far as the exported one
+MIN_POSITIONS = 300  # below, or without controls, nothing is proven: top-1 .94 needs more than a handful
 NEGATIVE_CONTROL_BITS = 5  # above, a second rounding moves logits less than the runtime's own arithmetic does
 HARD_TEXT = (
     "Numbers 3.14159, 2026 and 007; naïve café, Größe, 東京, 👩‍🚀!\n\tdef f(x):  return x**2  # tabs,   spaces\r\n"
@@ -217,11 +218,12 @@ def certify(
     if controls:
         passed &= found_controls["positive"]["passed"]
         passed &= "negative" not in found_controls or not found_controls["negative"]["passed"]
+    proven = controls and logits["figures"]["positions"] >= MIN_POSITIONS
     return clean(
         {
             "format": "lrqat-certificate",
             "version": CERTIFICATE_VERSION,
-            "verdict": "pass" if passed else "fail",
+            "verdict": "fail" if not passed else "pass" if proven else "unproven",
             "runtime": build,
             "weights": {"equal": equal, "total": total, "differing": differing},
             "token_ids_equal": tokens_equal if runtime.tokenize else None,
@@ -230,7 +232,7 @@ def certify(
             "hashes": {
                 "base": checkpoint.provenance.get("base_sha256"),
                 "fused": file_hashes(Path(fused), "fused.json"),
-                "exported": file_hashes(exported, "*.safetensors"),
+                "exported": file_hashes(exported, "*.safetensors", "config.json"),
             },
             "settings": {"sequences": len(sequences), "tokens": length, "texts": texts or ["CPython documentation"]},
             "machine": {
@@ -273,9 +275,9 @@ def reference_logits(
     return found
 
 
-def file_hashes(path: Path, pattern: str) -> dict[str, str]:
+def file_hashes(path: Path, *patterns: str) -> dict[str, str]:
     """SHA-256 by file name, of a file or of a directory's files."""
-    files = [path] if path.is_file() else sorted(path.rglob(pattern))
+    files = [path] if path.is_file() else sorted(file for pattern in patterns for file in path.rglob(pattern))
     hashes = {}
     for file in files:
         with open(file, "rb") as stream:

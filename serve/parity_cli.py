@@ -62,7 +62,7 @@ def _main(args: argparse.Namespace) -> int:
     path = args.out or certificate_path(args.exported)
     write_json(path, certificate)
     print(json.dumps(certificate) if args.json else f"{table(certificate)}\ncertificate {path}")
-    return 0 if certificate["verdict"] == "pass" else 1
+    return 1 if certificate["verdict"] == "fail" else 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ HANDOVER = {
     "lrqat.gguf_file",
     "lrqat.jsonfile",
 }
-HANDOVER |= {"lrqat.grids.affine", "lrqat.grids.kquant", "lrqat.grids.codebook"}
+HANDOVER |= {"lrqat.grids.wire", "lrqat.grids.affine", "lrqat.grids.kquant", "lrqat.grids.codebook"}
 HANDOVER |= {"lrqat.jsonfile", "lrqat.command", "lrqat.models", "lrqat.data", "lrqat.console", "lrqat.pretokenizers"}
 # Rounding in one go: what tells a re-rounded model from ours, and how kernels round activations.
 HANDOVER |= {"lrqat.ptq", "lrqat.ranges", "lrqat.activations"}

@@ -44,6 +44,16 @@ class GainQuantizer(WeightQuantizer):
         """wire(start * gain)."""
         return self.grid.learn(dict(self.start.named_buffers()), dict(self.gains))
 
+    def started(self, rows: slice) -> Tensor:
+        """Float32 [rows, I]: the levels that training began with."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def moved(self) -> int:
+        """How many weights have another level than when training began."""
+        affine = self.affine()
+        return sum(int((self.levels(rows, affine) != self.started(rows)).sum()) for rows in self.tiles())
+
     def _pack(self, codes_KI: Tensor) -> Tensor:
         """Two codes a byte, even columns in the low nibble: 3, 10 -> 0xa3; above 4 bits one code a byte."""
         if self.grid.bits > 4 or codes_KI.shape[1] % 2:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqat.errors import LrqatError
-from lrqat.grid import Grid, Parts
+from lrqat.grid import Grid, Parts, to_latent
 from lrqat.grids.affine import AffineGrid
 from lrqat.grids.wire import to_fp16
 from lrqat.methods.gains import WeightDomain
@@ -62,6 +62,11 @@ class L4Q(WeightDomain):
         """W = W0 + (alpha/r) B A."""
         frozen_KI = self.frozen_OI[rows].float()
         return frozen_KI.addmm(self.b_OR[rows].detach(), self.a_RI.detach(), alpha=self.multiplier)
+
+    def started(self, rows: slice) -> Tensor:
+        """nearest((W0 - m0) / s0)."""
+        affine = self.grid.affine(dict(self.start.named_buffers()))
+        return self.grid.nearest(to_latent(self.frozen_OI[rows], affine.rows(rows)))
 
     def large(self) -> dict[str, nn.Parameter]:
         """A and B."""

@@ -103,6 +103,10 @@ class LRQAT(GainQuantizer):
             return phi_KI.add_(center) if center else phi_KI
         return phi_KI
 
+    def started(self, rows: slice) -> Tensor:
+        """nearest(Phi0)."""
+        return self.grid.nearest(self.frozen(rows))
+
     def latent(self, rows: slice, affine: Affine) -> Tensor:
         """u = Phi0 + (alpha/r) A B."""
         return self.frozen(rows).addmm_(self.a_OR[rows].detach(), self.b_RI.detach(), alpha=self.multiplier)

@@ -6,7 +6,8 @@ The gradients stand in `lrqat.methods.gains`. LSQ's gradient scale 1 / sqrt(N * 
 the step relative, and Adam does not see a constant factor.
 
 Memory: W, its gradient and Adam's two moments, [O, I] each: the yardstick that low rank is measured against. A
-bfloat16 W halves that, but forgets updates below 2^-9 of a weight.
+bfloat16 W halves that, but forgets updates below 2^-9 of a weight. The codes that it began with, for `moved`, are half
+a byte a weight.
 """
 
 from __future__ import annotations
@@ -29,15 +30,24 @@ class LSQ(WeightDomain):
         dtype: of the trained weight.
     """
 
+    begun: Tensor
+
     def __init__(
         self, weight_OI: Tensor, start: Parts, grid: Grid, *, learn_scales: bool, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(grid, (weight_OI.shape[0], weight_OI.shape[1]), start, learn_scales)
         self.weight_OI = nn.Parameter(weight_OI.detach().to(dtype, copy=True))
+        affine = grid.affine(start)
+        begun = [self._pack(grid.encode(self.levels(rows, affine))) for rows in self.tiles()]
+        self.register_buffer("begun", torch.cat(begun), persistent=False)
 
     def real(self, rows: slice) -> Tensor:
         """W."""
         return self.weight_OI.detach()[rows].float()
+
+    def started(self, rows: slice) -> Tensor:
+        """The levels of W as it was given."""
+        return self.grid.decode(self._unpack(self.begun[rows]))
 
     def large(self) -> dict[str, nn.Parameter]:
         """W."""

@@ -30,6 +30,7 @@ class Scales(GainQuantizer):
     """
 
     codes: Tensor
+    moved_before: Tensor  # by what was trained before these codes were frozen
 
     def __init__(self, weight_OI: Tensor, start: Parts, grid: Grid) -> None:
         super().__init__(grid, (weight_OI.shape[0], weight_OI.shape[1]), start, learn=True)
@@ -39,18 +40,24 @@ class Scales(GainQuantizer):
             levels_KI = grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))
             tiles.append(self._pack(grid.encode(levels_KI)))
         self.register_buffer("codes", torch.cat(tiles), persistent=False)
+        self.register_buffer("moved_before", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @classmethod
-    def from_fused(cls, fused: FusedTensor, device: torch.device | None = None) -> Scales:
-        """Begin with the very codes and parts of a fused weight."""
+    def from_fused(cls, fused: FusedTensor, device: torch.device | None = None, moved: int = 0) -> Scales:
+        """Begin with the very codes and parts of a fused weight, of which some were moved before."""
         start = {name: part.to(device, torch.float32) for name, part in fused.parts.items()}
         quantizer = cls(torch.zeros(fused.codes_OI.shape, device=device), start, fused.grid)
         quantizer.codes = quantizer._pack(fused.codes_OI.to(device))
+        quantizer.moved_before.fill_(moved)
         return quantizer
 
     def latent(self, rows: slice, affine: Affine) -> Tensor:
         """The levels."""
         return self.grid.decode(self._unpack(self.codes[rows]))
+
+    def moved(self) -> int:
+        """Those that were moved before."""
+        return int(self.moved_before)
 
     def large(self) -> dict[str, nn.Parameter]:
         """Nothing."""

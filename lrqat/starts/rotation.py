@@ -82,7 +82,7 @@ def untie_head(model: Any, allowed: bool) -> None:
         megabytes = weight_VH.nbytes / 1e6
         raise LrqatError(
             f"{type(model).__name__}: rotating it unties the head from the embedding, which costs "
-            f"{weight_VH.numel()} more parameters ({megabytes:.0f} MB); allow that, or leave the rotation out"
+            f"{weight_VH.numel()} more parameters ({megabytes:.0f} MB); allow it by --untie-head, or leave --rotate out"
         )
     model.get_output_embeddings().weight = nn.Parameter(weight_VH.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exporters import awq
+from exporters import awq, vllm_rules
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedTensor
 from lrqat.grid import Grid
@@ -131,12 +131,12 @@ def test_one_group_size_for_all(tmp_path: Path) -> None:
 
 
 def test_vllm_limits_name_what_vllm_would_refuse() -> None:
-    assert awq.vllm_limits(one()) is None
-    assert awq.vllm_limits(one("w4g16-asym")) is None
-    assert "takes groups of 32, 64, 128" in str(awq.vllm_limits(one("w4g16-asym"), "gpu"))
-    assert "multiple of 32, not 24" in str(awq.vllm_limits(one(rows=24)))
+    assert vllm_rules.limits("awq", one()) is None
+    assert vllm_rules.limits("awq", one("w4g16-asym")) is None
+    assert "takes groups of 32, 64, 128" in str(vllm_rules.limits("awq", one("w4g16-asym"), "gpu"))
+    assert "multiple of 32, not 24" in str(vllm_rules.limits("awq", one(rows=24)))
     mixed = {f"model.layers.0.mlp.{n}_proj.weight": fused(g, 16, 64) for n, g in (("gate", "w4"), ("up", "w4-asym"))}
-    assert awq.vllm_limits(checkpoint(mixed)) is None  # both are stored with zeros
+    assert vllm_rules.limits("awq", checkpoint(mixed)) is None  # both are stored with zeros
 
 
 def test_damaged_directories_are_refused_in_one_line_or_read_rightly(tmp_path: Path) -> None:

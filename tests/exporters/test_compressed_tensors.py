@@ -1,5 +1,6 @@
 import json
 import re
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exporters import awq, compressed_tensors, gptq
+from exporters import awq, compressed_tensors, gptq, vllm_rules
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedTensor
 from lrqat.grid import Grid
@@ -209,7 +210,7 @@ def test_int8_activations_need_a_weight_that_meets_them(tmp_path: Path) -> None:
 
 
 def test_vllm_limits_name_what_vllm_would_refuse() -> None:
-    limits = compressed_tensors.vllm_limits
+    limits = partial(vllm_rules.limits, "compressed-tensors")
     for grid in ("w4g32", "w4", "w4g32-asym", "w4g16-asym"):
         assert limits(one(grid)) is None
     for grid in ("w8", "w3g32", "w2-asym"):
@@ -263,3 +264,21 @@ def test_read_refuses_contradicting_tensors_in_one_line(
     with pytest.raises(LrqatError, match=re.escape(says)) as caught:
         compressed_tensors.read(out)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(transform_config={"config_groups": {"R3": {"type": "hadamard"}}}),
+        lambda config: config.update(kv_cache_scheme={"num_bits": 8}),
+        lambda config: config["config_groups"]["group_0"].update(input_activations={"num_bits": 8, "dynamic": True}),
+        lambda config: config["config_groups"]["group_0"].update(output_activations={"num_bits": 8}),
+    ],
+)
+def test_what_changes_the_model_beside_its_weights_is_not_dropped(tmp_path: Path, change: Any) -> None:
+    out = compressed_tensors.write(one(), tmp_path / "x")
+    config = json.loads((out / "config.json").read_text())
+    change(config["quantization_config"])
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LrqatError, match=r"^[^\n]+$"):
+        compressed_tensors.read(out)

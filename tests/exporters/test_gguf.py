@@ -201,16 +201,32 @@ def test_models_that_llama_cpp_would_run_otherwise_are_refused_before_anything_i
 
 
 def test_an_export_that_fails_leaves_the_previous_file_and_nothing_else(tiny_model_dir: Path, tmp_path: Path) -> None:
-    out = tmp_path / "x.gguf"
-    out.write_bytes(b"previous")
     checkpoint = fuse(tiny_model_dir, w4)
+    out = gguf.write(checkpoint, tmp_path / "x.gguf")
+    previous = out.read_bytes()
 
     def stop(name: str) -> FusedTensor:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         gguf.write(replace(checkpoint, tensors=Lazy(checkpoint.specs, stop)), out)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"] and out.read_bytes() == b"previous"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"] and out.read_bytes() == previous
+
+
+def test_a_file_that_is_not_ours_is_not_replaced(tiny_model_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "download.gguf"
+    out.write_bytes(b"precious")
+    with pytest.raises(LrqatError, match=r"download\.gguf: exists, and is not an export of lrqat"):
+        gguf.write(fuse(tiny_model_dir, w4), out)
+    assert out.read_bytes() == b"precious"
+
+
+def test_a_certificate_goes_with_the_file_it_was_for(tiny_model_dir: Path, tmp_path: Path) -> None:
+    checkpoint = fuse(tiny_model_dir, w4)
+    out = gguf.write(checkpoint, tmp_path / "x.gguf")
+    out.with_suffix(".certificate.json").write_text("{}")
+    gguf.write(checkpoint, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from exporters import gptq
+from exporters import gptq, vllm_rules
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedTensor
 from lrqat.grid import Grid
@@ -255,25 +255,25 @@ def test_write_refuses_what_it_cannot_store(tmp_path: Path) -> None:
 
 
 def test_vllm_limits_name_what_vllm_would_refuse() -> None:
-    assert gptq.vllm_limits(one()) is None
+    assert vllm_rules.limits("gptq", one()) is None
     for grid, says in (("w8g32", "GPUs only"), ("w3g32", "not 3"), ("w4g16", "groups of 32, 64, 128")):
-        assert says in str(gptq.vllm_limits(one(grid)))
-    assert "symmetric GPTQ only" in str(gptq.vllm_limits(one("w4g32-asym")))
-    assert "multiple of 32, not 48" in str(gptq.vllm_limits(one("w4", columns=48)))
-    assert "multiple of 32, not 24" in str(gptq.vllm_limits(one(rows=24)))
+        assert says in str(vllm_rules.limits("gptq", one(grid)))
+    assert "symmetric GPTQ only" in str(vllm_rules.limits("gptq", one("w4g32-asym")))
+    assert "multiple of 32, not 48" in str(vllm_rules.limits("gptq", one("w4", columns=48)))
+    assert "multiple of 32, not 24" in str(vllm_rules.limits("gptq", one(rows=24)))
     half_dense = checkpoint(dict(one().tensors), {"model.layers.0.mlp.gate_proj.weight": torch.zeros(32, 64)})
-    assert "fuses gate_proj, up_proj" in str(gptq.vllm_limits(half_dense))
+    assert "fuses gate_proj, up_proj" in str(vllm_rules.limits("gptq", half_dense))
     pair = {f"model.layers.0.mlp.{n}_proj.weight": fused("w4g32", 16, 64) for n in ("gate", "up")}
-    assert gptq.vllm_limits(checkpoint(pair)) is None  # 16 + 16 rows
+    assert vllm_rules.limits("gptq", checkpoint(pair)) is None  # 16 + 16 rows
     pair["model.layers.0.mlp.up_proj.weight"] = fused("w4g64", 16, 64)
-    assert "different grids" in str(gptq.vllm_limits(checkpoint(pair)))
+    assert "different grids" in str(vllm_rules.limits("gptq", checkpoint(pair)))
 
 
 def test_a_gpu_takes_eight_bits_and_ranks_must_not_cut_groups() -> None:
-    assert gptq.vllm_limits(one("w8g32"), "gpu") is None
+    assert vllm_rules.limits("gptq", one("w8g32"), "gpu") is None
     down = checkpoint({"model.layers.0.mlp.down_proj.weight": fused("w4g64", 32, 192)})
-    assert gptq.vllm_limits(down, "gpu", tensor_parallel=3) is None
-    assert "inside a group" in str(gptq.vllm_limits(down, "gpu", tensor_parallel=2))
+    assert vllm_rules.limits("gptq", down, "gpu", tensor_parallel=3) is None
+    assert "inside a group" in str(vllm_rules.limits("gptq", down, "gpu", tensor_parallel=2))
 
 
 def test_each_tensor_is_made_once_and_only_one_is_held(tmp_path: Path) -> None:

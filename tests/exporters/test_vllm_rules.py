@@ -3,7 +3,8 @@ import torch
 from hf_cases import checkpoint, fused
 
 from exporters.refusal import Refusal
-from exporters.vllm_rules import DEVICES, LAYOUTS, Kernel, family, kernel, limits, with_fused
+from exporters.vllm_rules import DEVICES, LAYOUTS, MIXTURE, Kernel, family, kernel, kernels, limits, with_fused
+from lrqat.fused import FusedCheckpoint, FusedSpec, Spec
 from lrqat.grid import Grid
 
 
@@ -106,3 +107,50 @@ def test_shards_of_a_fused_linear_share_their_grid() -> None:
         {"model.layers.0.self_attn.k_proj.weight": torch.zeros(32, 64)},
     )
     assert "some of them are dense" in str(limits("awq", dense))
+
+
+def mixture(grids: dict[str, str], dense: str = "") -> FusedCheckpoint:
+    """One layer of two experts; `grids` by a part of the name, "" for the others."""
+    specs, kept = {}, {}
+    for expert in range(2):
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            name = f"model.layers.0.mlp.experts.{expert}.{leaf}.weight"
+            grid = next((g for part, g in grids.items() if part and part in name), grids[""])
+            if dense and dense in name:
+                kept[name] = Spec(torch.float16, (64, 64))
+            else:
+                specs[name] = FusedSpec(Grid.parse(grid), (64, 64))
+    return FusedCheckpoint({}, {}, specs, kept, {}, {})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_experts_of_a_layer_are_one_layer_for_vllm(layout: str) -> None:
+    assert kernels(layout, mixture({"": "w4g32"})) == [MIXTURE]
+    for wrong in (mixture({"": "w4g32", "experts.1": "w4g64"}), mixture({"": "w4g32", "down_proj": "w4g64"})):
+        assert "loads all experts as one layer" in str(limits(layout, wrong, "gpu"))
+    assert "or some are dense" in str(limits(layout, mixture({"": "w4g32"}, "experts.1.up")))
+
+
+def test_patterns_name_the_layer_that_holds_all_experts() -> None:
+    layers = [f"model.layers.0.mlp.experts.{n}.{leaf}" for n in range(2) for leaf in ("gate_proj", "up_proj")]
+    assert "model.layers.0.mlp.experts" in with_fused(layers)
+
+
+def test_models_that_vllm_does_not_serve_in_float16_need_portable_scales() -> None:
+    specs = {"model.layers.0.mlp.down_proj.weight": FusedSpec(Grid.parse("w4g32-fp16"), (64, 64))}
+    checkpoint = FusedCheckpoint({}, {}, specs, {}, {"model_type": "gemma3_text"}, {})
+    assert "does not serve gemma3_text in float16" in str(limits("compressed-tensors", checkpoint))
+
+
+def test_zeros_of_fused_shards_fill_whole_words() -> None:
+    rows = {"q_proj": 64, "k_proj": 4, "v_proj": 4}
+    grid = Grid.parse("w4g32-asym")
+    specs = {f"model.layers.0.self_attn.{n}.weight": FusedSpec(grid, (r, 64)) for n, r in rows.items()}
+    found = limits("compressed-tensors", FusedCheckpoint({}, {}, specs, {}, {}, {}), "gpu")
+    assert "whose zeros do not fill whole words" in str(found)
+
+
+def test_a_kernel_that_needs_something_says_so() -> None:
+    specs = {"linear.weight": FusedSpec(Grid.parse("w3g64"), (64, 64))}
+    found = kernels("compressed-tensors", FusedCheckpoint({}, {}, specs, {}, {}, {}), "gpu")
+    assert found == ["Humming (needs the humming package)"]

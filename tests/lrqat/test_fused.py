@@ -298,14 +298,22 @@ def test_a_new_checkpoint_takes_the_place_of_the_old_one_whole(tmp_path: Path) -
 
 
 def test_what_an_earlier_kill_left_is_in_no_ones_way(tmp_path: Path) -> None:
-    for left in ("fused.partial", "fused.old"):
-        (tmp_path / left).mkdir()
-        (tmp_path / left / "model.safetensors").write_bytes(b"half")
+    left = tmp_path / ".fused.x1.lrqat-unfinished"
     for _ in range(2):
+        left.mkdir()
+        (left / "model.safetensors").write_bytes(b"half")
         FusedCheckpoint.load(checkpoint("w4g32").save(tmp_path / "fused"))
         assert [p.name for p in tmp_path.iterdir()] == ["fused"]
-        (tmp_path / "fused.old").mkdir()
-        (tmp_path / "fused.old" / "x").write_bytes(b"")
+
+
+def test_neighbours_that_look_like_leftovers_are_let_alone(tmp_path: Path) -> None:
+    for name in ("fused.old", "fused.partial", "fused.bak"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("precious")
+    for _ in range(2):
+        checkpoint("w4g32").save(tmp_path / "fused")
+    assert {p.name for p in tmp_path.iterdir()} == {"fused", "fused.old", "fused.partial", "fused.bak"}
+    assert all((tmp_path / name / "mine").is_file() for name in ("fused.old", "fused.partial", "fused.bak"))
 
 
 def test_a_directory_appears_only_when_it_is_complete(tmp_path: Path) -> None:

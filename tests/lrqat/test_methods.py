@@ -157,11 +157,13 @@ def test_only_the_input_and_parts_are_kept_for_backward(method: str, dtype: torc
     assert not [v for v in vars(y.grad_fn).values() if isinstance(v, Tensor)]
 
 
-@pytest.mark.parametrize(("method", "nbytes"), [("lsq", 4), ("l4q", 4), ("scales", 0.5)])
-def test_one_tensor_of_the_weights_size_is_held(method: str, nbytes: float) -> None:
+@pytest.mark.parametrize(("method", "nbytes"), [("lsq", [4, 0.5]), ("l4q", [4]), ("scales", [0.5])])
+def test_one_tensor_of_the_weights_size_is_held_and_by_lsq_the_codes_it_began_with(
+    method: str, nbytes: list[float]
+) -> None:
     quantizer = make(method)
     held = [t for t in (*quantizer.parameters(), *quantizer.buffers()) if t.numel() >= ROWS * COLUMNS // 2]
-    assert [t.nbytes for t in held] == [nbytes * ROWS * COLUMNS]
+    assert [t.nbytes for t in held] == [each * ROWS * COLUMNS for each in nbytes]
 
 
 def test_l4q_keeps_the_pretrained_weight_itself() -> None:

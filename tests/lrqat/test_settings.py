@@ -167,7 +167,7 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str], argv: list
         ["--threads", "0"],
         ["--loss", "mse"],
         ["--dtype", "int8"],
-        ["--method", "lsq"],
+        ["--method", "sft"],
         ["--downcast", "fp8"],
         ["--steps", "many"],
         ["--skip", "("],

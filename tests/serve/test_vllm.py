@@ -100,7 +100,7 @@ def test_vllm_serves_the_weights_that_were_trained(
 ) -> None:
     model = tiny_llama()
     fused = quantize(model, grids)
-    assert form.vllm_limits(fused, **options) is None
+    assert vllm_rules.limits(form.__name__.rpartition(".")[2].replace("_", "-"), fused, **options) is None
     out = form.write(fused, tmp_path / "exported", **options)
     tokens = torch.randint(0, 512, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
 

@@ -1,0 +1,193 @@
+"""Where training and rounding begin: the pretrained model is prepared, then its weights become quantizers.
+
+    pretrained -> rotate -> fold AWQ's scales -> GPTQ -> quantizers of the method, Block-AP
+
+What is done before the quantizers changes the model's weights (`Beginning`, `prepare`); GPTQ gives the grids' parts
+along. A run keeps the result in one safetensors file, so that it is resumed from the very same weights:
+
+    NAME            every dense parameter, by its checkpoint name
+    NAME#PART       parts of the grid that GPTQ found for a weight
+
+EfficientQAT's quantizers are trained layer by layer (`lrqat.block_ap`) before they are trained end to end; GPTQ then
+works on each layer behind the trained prefix.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrqat.activations import round_inputs
+from lrqat.block_ap import BlockSettings, block_ap, frozen_codes
+from lrqat.console import log
+from lrqat.fused import open_safetensors
+from lrqat.grid import Grid
+from lrqat.grids.affine import AffineGrid
+from lrqat.layers import Make, QuantLinear, dense_tensors, swap
+from lrqat.methods.base import WeightQuantizer
+from lrqat.methods.l4q import L4Q, l4q_start
+from lrqat.methods.lr_qat import LRQAT
+from lrqat.methods.lsq import LSQ
+from lrqat.methods.rounded import Rounded
+from lrqat.methods.scales import Scales
+from lrqat.plan import Plan
+from lrqat.ranges import start
+from lrqat.safestream import Entry, write_file
+from lrqat.settings import ACTIVATIONS, Beginning, TrainSettings
+from lrqat.sites import TRAINED, Site, checkpoint_tensors
+from lrqat.starts.awq import awq_fold
+from lrqat.starts.codes import rounded
+from lrqat.starts.fold import LlamaLayer
+from lrqat.starts.gptq import gptq_layer, gptq_model
+from lrqat.starts.loftq import loftq
+from lrqat.starts.rotation import rotate, untie_head
+from lrqat.starts.walk import Walk, decoder_layers
+
+Found = dict[str, dict[str, Tensor]]  # parts of the grid, by the weight's name
+
+
+def untie(model: Any, beginning: Beginning) -> None:
+    """Untie the head, on the meta device too, if there is a rotation: refused unless it was allowed."""
+    head = model.get_output_embeddings()
+    if beginning.rotate is not None and head is not None and head.weight is model.get_input_embeddings().weight:
+        untie_head(model, beginning.untie_head)
+
+
+def check_layers(model: Any, beginning: Beginning) -> None:
+    """Refuse layers that nothing folds into, before anything long is done."""
+    if beginning.rotate is not None or "awq" in beginning.steps:
+        name, layers = decoder_layers(model)
+        for number, layer in enumerate(layers):
+            LlamaLayer(layer, f"{name}.{number}")
+
+
+def prepare(model: Any, plan: Plan, beginning: Beginning, blocks_NT: Tensor, p: float | None) -> Found:
+    """Change the model's weights in place; returns the parts that they are to be rounded with, where GPTQ found some.
+
+    Args:
+        model: the pretrained model.
+        plan: which matrices, on which grids.
+        beginning: what to do.
+        blocks_NT: calibration tokens; not looked at by a rotation alone.
+        p: exponent of the range search.
+    """
+    if beginning.rotate is not None:
+        rotate(model, beginning.rotate, untie=beginning.untie_head)
+    if "awq" in beginning.steps:
+        awq_fold(model, plan, blocks_NT, p)
+    return gptq_model(model, plan, blocks_NT, p) if "gptq" in beginning.steps else {}
+
+
+def prepare_once(
+    model: Any, plan: Plan, beginning: Beginning, blocks_NT: Tensor, p: float | None, path: Path, key: str
+) -> Found:
+    """`prepare`, or what it gave when the file at `path` was written under the same key."""
+    if not beginning.changes:
+        return {}
+    if path.is_file():
+        with open_safetensors(path) as file:
+            if (file.metadata() or {}).get("key") == key:
+                return load_prepared(model, beginning, file)
+    parts = prepare(model, plan, beginning, blocks_NT, p)
+    tensors = dict(dense_tensors(model))
+    tensors |= {f"{name}#{part}": values for name, found in parts.items() for part, values in found.items()}
+    entries = [Entry(n, t.dtype, tuple(t.shape), partial(tensors.__getitem__, n)) for n, t in tensors.items()]
+    write_file(path, entries, {"format": "pt", "key": key})
+    return parts
+
+
+def load_prepared(model: Any, beginning: Beginning, file: Any) -> Found:
+    """Put a file's weights into the model; returns its parts."""
+    untie(model, beginning)
+    weights, parts = checkpoint_tensors(model), Found()
+    for name in list(file.keys()):
+        weight, _, part = name.partition("#")
+        if part:
+            parts.setdefault(weight, {})[part] = file.get_tensor(name).to(weights[weight].device)
+        else:
+            weights[name].copy_(file.get_tensor(name))
+    return parts
+
+
+def maker(settings: TrainSettings, parts: Found) -> Make:
+    """What makes the method's quantizers, from these parts or those of the range search."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    learn = settings.lr_scales > 0
+
+    def make(site: Site, weight_OI: Tensor, grid: Grid) -> WeightQuantizer:
+        if site.name in parts:
+            begun = parts[site.name]
+        elif settings.method == "l4q" and settings.range_p is None and isinstance(grid, AffineGrid):
+            begun = l4q_start(weight_OI, grid, site.name)
+        else:
+            begun = start(weight_OI, grid, settings.range_p, site.name)
+        if site.kind not in TRAINED:
+            return Rounded(rounded(weight_OI, begun, grid), weight_OI.device)
+        if settings.method in ("lsq", "efficientqat"):
+            return LSQ(weight_OI, begun, grid, learn_scales=learn)
+        if settings.method == "scales":
+            return Scales(weight_OI, begun, grid)
+        assert settings.rank is not None
+        alpha = settings.rank if settings.alpha is None else settings.alpha
+        if settings.method == "l4q":
+            return L4Q(weight_OI, begun, grid, rank=settings.rank, alpha=alpha, learn_scales=learn, generator=generator)
+        assert settings.downcast is not None
+        quantizer = LRQAT(
+            weight_OI,
+            begun,
+            grid,
+            rank=settings.rank,
+            alpha=alpha,
+            downcast=settings.downcast,
+            learn_scales=learn,
+            generator=generator,
+        )
+        if settings.loftq:
+            loftq(quantizer, weight_OI, generator)
+        return quantizer
+
+    return make
+
+
+def swap_for_training(model: Any, plan: Plan, settings: TrainSettings, parts: Found | None = None) -> None:
+    """Put the method's quantizers in the place of the planned weights, and round what flows into them, if asked to.
+
+    The head and the embeddings, where they are planned, are rounded and stay as they are.
+    """
+    swap(model, plan, maker(settings, parts or {}))
+    if settings.activations is not None:
+        bits, symmetric = ACTIVATIONS[settings.activations]
+        names = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+        round_inputs(model, names, bits, symmetric=symmetric)
+
+
+def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Tensor, folder: Path, key: str) -> None:
+    """EfficientQAT's Block-AP: swap and train layer by layer, then freeze the codes. Finished layers are kept."""
+    assert settings.block_epochs and settings.lr is not None and settings.block_lr_scales is not None
+    parts: Found = {}
+
+    def gptq(walk: Walk, number: int, states_NTH: Tensor) -> None:
+        parts.update(gptq_layer(model, plan, walk, number, states_NTH, settings.range_p))
+
+    losses = block_ap(
+        model,
+        plan,
+        blocks_NT,
+        maker(settings, parts),
+        BlockSettings(
+            settings.block_epochs,
+            settings.batch_size,
+            lr=settings.lr,
+            lr_scales=settings.block_lr_scales,
+            seed=settings.seed,
+        ),
+        prepare=gptq if "gptq" in settings.beginning.steps else None,
+        finish=frozen_codes,
+        folder=folder,
+        key=key,
+    )
+    log(f"block-ap: relative error of the last layer's output {losses[-1].after:.3g}")
