@@ -126,12 +126,14 @@ def _weight_entries(layer: str, spec: FusedSpec, fused: Callable[[], FusedTensor
 
 
 def pack(codes_OI: Tensor) -> Tensor:
-    """uint8 [O, I] -> int32 [I, O/8]; rows are shifted whole, and transposed as words."""
-    words_WI = torch.zeros(len(codes_OI) // PER_WORD, codes_OI.shape[1], dtype=torch.int32)
+    """uint8 [O, I] -> int32 [I, O/8]; byte by byte, rows at a time, and transposed as words."""
+    words_WI = torch.empty(len(codes_OI) // PER_WORD, codes_OI.shape[1], dtype=torch.int32)
     for words, rows in zip(words_WI.split(TILE), codes_OI.split(TILE * PER_WORD), strict=True):
         outputs = rows.unflatten(0, (-1, PER_WORD))
-        for place, index in enumerate(AWQ_ORDER):
-            words |= outputs[:, index].to(torch.int32) << BITS * place
+        octets = words.view(torch.uint8).unflatten(1, (-1, PER_WORD // 2))
+        for byte in range(PER_WORD // 2):
+            low, high = AWQ_ORDER[2 * byte], AWQ_ORDER[2 * byte + 1]
+            octets[:, :, byte] = (outputs[:, high] << BITS).bitwise_or_(outputs[:, low])
     return words_WI.T
 
 
