@@ -181,13 +181,16 @@ def pack(tensor: FusedTensor, kind: BlockType) -> Tensor:
     blocks = rows * (columns // kind.columns)
     arrays = {"codes": tensor.codes_OI, **tensor.parts}
     planes = {name: np.ascontiguousarray(a.numpy()).view(np.uint8).reshape(blocks, -1) for name, a in arrays.items()}
-    planes = _negated(planes) if kind.negated else planes
     planes |= {name: planes[name] + np.uint8(offset) for name, offset in kind.offsets.items()}
     if "sub_minimums" in planes:
         planes["subs"] = _join(planes["sub_scales"], planes["sub_minimums"])
     packed, at = np.empty((blocks, kind.nbytes), np.uint8), 0
     for field in kind.fields:
-        packed[:, at : at + field.nbytes] = fold(planes[field.plane], field.low, field.ways, field.span)
+        fits = field.plane == "codes" and kind.grid.bits * field.ways <= 8
+        folded = fold(planes[field.plane], field.low, field.ways, field.span, fits)
+        if kind.negated:  # 3 - q is q with both bits turned, -d is d with its sign turned
+            folded = folded ^ (np.uint8(0xFF) if field.plane == "codes" else FP16_SIGN)
+        packed[:, at : at + field.nbytes] = folded
         at += field.nbytes
     return torch.from_numpy(packed.reshape(rows, kind.row_bytes(columns)))
 
@@ -212,20 +215,26 @@ def unpack(packed: Tensor, kind: BlockType) -> FusedTensor:
     return FusedTensor(arrays["codes"], {name: arrays[name].view(part.dtype) for name, part in wire.items()}, kind.grid)
 
 
-def fold(values_NC: np.ndarray, low: int, ways: int, span: int) -> np.ndarray:
-    """Bits low .. low + 8 / ways - 1 of every value, `ways` of them in a byte (`Field`): uint8 [N, C / ways]."""
+def fold(values_NC: np.ndarray, low: int, ways: int, span: int, fits: bool = False) -> np.ndarray:
+    """Bits low .. low + 8 / ways - 1 of every value, `ways` of them in a byte (`Field`): uint8 [N, C / ways].
+
+    `fits`: values have no other bits.
+    """
     if ways == 1:
         return values_NC
     width = 8 // ways
     words = values_NC.reshape(-1).view("<u8")
-    words = (words >> np.uint64(low) if low else words) & _every_byte(words, width)
-    if span == 1:  # neighbours share a byte: byte k of a word moves down by k * (8 - width) bits
-        words = words.view(f"<u{ways}")
-        for doubling in range(ways.bit_length() - 1):
-            words = words | words >> words.dtype.type((8 - width) << doubling)
-        return words.astype(np.uint8).reshape(len(values_NC), -1)
+    words = words >> np.uint64(low) if low else words
+    words = words if fits and not low else words & _every_byte(words, width)
+    if span == 1:  # neighbours share a byte: half as many values, twice as wide
+        octets = words.view(np.uint8)
+        while width < 8:
+            pairs = octets.view("<u2")
+            octets = (pairs >> np.uint16(8 - width) | pairs).astype(np.uint8)
+            width *= 2
+        return octets.reshape(len(values_NC), -1)
     lanes = words.view(f"V{span}").reshape(-1, ways)
-    folded = np.ascontiguousarray(lanes[:, 0]).view(f"<u{min(span, 8)}")
+    folded = lanes[:, 0].copy().view(f"<u{min(span, 8)}")  # values may be the caller's own
     for lane in range(1, ways):
         folded |= np.ascontiguousarray(lanes[:, lane]).view(folded.dtype) << folded.dtype.type(lane * width)
     return folded.view(np.uint8).reshape(len(values_NC), -1)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,38 +48,37 @@ def pack(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
     if words.numel():
         tiles = words.view(-1).split(TILE * bits // WORD_BITS)
         for tile, words_of_tile in zip(rows.view(-1).split(TILE), tiles, strict=True):
-            _pack_tile(tile, bits, words_of_tile)
+            _pack_tile(tile.numpy(), bits, words_of_tile.numpy().view(np.uint32))
     return words.movedim(-1, axis)
 
 
-def _pack_tile(codes: Tensor, bits: int, words: Tensor) -> None:
+def _pack_tile(codes: np.ndarray, bits: int, words: np.ndarray) -> None:
     while 2 * bits <= 8:  # neighbours share a byte: half as many codes, twice as wide
-        pairs = codes.view(torch.int16)
-        codes = (pairs >> (8 - bits)).bitwise_or_(pairs).to(torch.uint8)
+        pairs = codes.view(np.uint16)
+        codes = (pairs >> np.uint16(8 - bits) | pairs).astype(np.uint8)
         bits *= 2
     if bits == 8:
-        words.view(torch.uint8).copy_(codes)
+        words.view(np.uint8)[:] = codes
     else:
         _pack_wide(codes, bits, words)
 
 
-def _pack_wide(codes: Tensor, bits: int, words: Tensor) -> None:
-    """Five to seven bits: the bytes of an int64 close up in three steps; two or four such lanes make whole words."""
-    lanes = codes.view(torch.int64)
+def _pack_wide(codes: np.ndarray, bits: int, words: np.ndarray) -> None:
+    """Five to seven bits: the bytes of a u64 close up in three steps; two or four such lanes make whole words."""
+    lanes = codes.view(np.uint64)
     for width in (8, 16, 32):
         kept = bits * width // 8
         low = sum(((1 << kept) - 1) << place for place in range(0, 64, 2 * width))
-        upper = (lanes >> (width - kept)).bitwise_and_(low << kept)
-        lanes = (lanes & low).bitwise_or_(upper)
+        lanes = lanes & np.uint64(low) | lanes >> np.uint64(width - kept) & np.uint64(low << kept)
     lane_bits = LANE * bits
-    blocks = lanes.view(-1, codes_per_block(bits) // LANE)
-    words = words.view(len(blocks), -1)
+    blocks = lanes.reshape(-1, codes_per_block(bits) // LANE)
+    words = words.reshape(len(blocks), -1)
     for word in range(words.shape[1]):
         first, last = word * WORD_BITS // lane_bits, ((word + 1) * WORD_BITS - 1) // lane_bits
-        found = blocks[:, first] >> (word * WORD_BITS - first * lane_bits)
+        found = blocks[:, first] >> np.uint64(word * WORD_BITS - first * lane_bits)
         if last > first:
-            found |= blocks[:, last] << (last * lane_bits - word * WORD_BITS)
-        words[:, word] = found  # its low 32 bits
+            found |= blocks[:, last] << np.uint64(last * lane_bits - word * WORD_BITS)
+        words[:, word] = found.astype(np.uint32)  # its low 32 bits
 
 
 def unpack(words: Tensor, bits: int, axis: int = -1) -> Tensor:

@@ -113,7 +113,7 @@ class FusedTensor:
             if part.low is None or part.high is None:
                 if not torch.isfinite(tensor).all():
                     raise LrqatError(f"{name}.{key}: not finite")
-            elif (most := int(tensor.max())) > part.high or (most := int(tensor.min())) < part.low:
+            elif (most := int(tensor.max())) > part.high or (part.low and (most := int(tensor.min())) < part.low):
                 raise LrqatError(f"{name}.{key}: {most} is no value of grid {self.grid}")
 
 
