@@ -7,7 +7,6 @@ Refuses: formats without a reader, and what the reader refuses.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedTensor, Lazy
 from lrqat.grids.affine import AffineGrid
 from lrqat.grids.wire import to_wire
+from lrqat.hashing import sha256
 from lrqat.models import locate
 
 HEAD = "lm_head.weight"
@@ -39,7 +39,7 @@ def import_checkpoint(path: Path) -> FusedCheckpoint:
         found = replace(found, hf_config={**base.config, "tie_word_embeddings": tied}, assets=base.assets)
     found = replace(found, **simplest(found))
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    provenance = {"method": "import", "source": str(path), "format": form, "sha256": _sha256(files)}
+    provenance = {"method": "import", "source": str(path), "format": form, "sha256": sha256(files)}
     return replace(found, provenance={**found.provenance, **provenance})
 
 
@@ -67,12 +67,3 @@ def simplest(checkpoint: FusedCheckpoint) -> dict[str, Any]:
         return FusedTensor(tensor.codes_OI, {part: tensor.parts[part] for part in wanted}, grid)
 
     return {"specs": specs, "tensors": Lazy(specs, make)}
-
-
-def _sha256(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()

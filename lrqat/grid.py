@@ -146,6 +146,50 @@ class Grid(ABC):
         return self.bits + stored / (rows * columns)
 
 
+class EvenGrid(Grid):
+    """A grid whose levels are the integers from `first` on: affine grids and K-quants."""
+
+    @property
+    @abstractmethod
+    def first(self) -> int:
+        """The level of code 0."""
+
+    @property
+    def codes(self) -> int:
+        """2^bits."""
+        return 1 << self.bits
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The levels of the first and the last code."""
+        return float(self.first), float(self.first + self.codes - 1)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Half a step beyond the ends."""
+        return self.first - 0.5, self.first + self.codes - 0.5
+
+    @property
+    def fixed_point(self) -> tuple[float, float]:
+        """b bits of integer, 8 - b of fraction: Q_b.(8-b) of LR-QAT's eq. 7."""
+        return float(self.first + self.codes // 2), 2.0 ** (8 - self.bits)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """clip(round(x))."""
+        return x.round_().clamp_(*self.ends)
+
+    def encode(self, levels: Tensor) -> Tensor:
+        """q = level - first."""
+        import torch
+
+        return (levels - self.first if self.first else levels).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """level = q + first."""
+        levels = codes.float()
+        return levels.add_(self.first) if self.first else levels
+
+
 def dequantize(levels_OI: Tensor, affine: Affine) -> Tensor:
     """w = s * level + m, float32 [O, I]; the only place where levels become weights."""
     rows, columns = levels_OI.shape

@@ -6,7 +6,6 @@ headers, before weights are loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from lrqat.fused import (
     write_json,
 )
 from lrqat.gguf_file import GgufFile
+from lrqat.hashing import sha256
 from lrqat.layers import dense_tensors
 from lrqat.pretokenizers import restore
 from lrqat.safestream import Entry, write_model
@@ -144,12 +144,7 @@ class Base:
 
     def sha256(self) -> str:
         """Hash over the weight files' bytes, in the order of their names."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-        return digest.hexdigest()
+        return sha256(self.files)
 
 
 def save_directory(base: Base, directory: Path, dtype: torch.dtype) -> Path:

@@ -12,7 +12,6 @@ The result is a certificate: figures, limits and why, hashes, versions, settings
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import platform
@@ -37,6 +36,7 @@ from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, FusedTensor, Lazy
 from lrqat.grid import to_latent
 from lrqat.grids.affine import AffineGrid
+from lrqat.hashing import sha256
 from lrqat.models import fake_quant_model, fused_tokenizer
 from lrqat.ranges import start
 from serve.compare import EXACT, LLAMACPP, VLLM_BFLOAT16, VLLM_FLOAT16, Comparison, Limits, disturbed, within
@@ -278,14 +278,7 @@ def reference_logits(
 def file_hashes(path: Path, *patterns: str) -> dict[str, str]:
     """SHA-256 by file name, of a file or of a directory's files."""
     files = [path] if path.is_file() else sorted(file for pattern in patterns for file in path.rglob(pattern))
-    hashes = {}
-    for file in files:
-        with open(file, "rb") as stream:
-            digest = hashlib.sha256()
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-        hashes[file.name] = digest.hexdigest()
-    return hashes
+    return {file.name: sha256([file]) for file in files}
 
 
 def processor() -> str:

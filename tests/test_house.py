@@ -31,7 +31,15 @@ HANDOVER = {
     "lrqat.jsonfile",
 }
 HANDOVER |= {"lrqat.grids.wire", "lrqat.grids.affine", "lrqat.grids.kquant", "lrqat.grids.codebook"}
-HANDOVER |= {"lrqat.jsonfile", "lrqat.command", "lrqat.models", "lrqat.data", "lrqat.console", "lrqat.pretokenizers"}
+HANDOVER |= {
+    "lrqat.jsonfile",
+    "lrqat.hashing",
+    "lrqat.command",
+    "lrqat.models",
+    "lrqat.data",
+    "lrqat.console",
+    "lrqat.pretokenizers",
+}
 # Rounding in one go: what tells a re-rounded model from ours, and how kernels round activations.
 HANDOVER |= {"lrqat.ptq", "lrqat.ranges", "lrqat.activations"}
 # grid <- methods <- layers <- train, fused beside the methods: each may import those of a lower number.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lrqat.errors import LrqatError
-from lrqat.grid import Affine, Grid, Part, Parts
+from lrqat.grid import Affine, EvenGrid, Part, Parts
 from lrqat.grids import search
 from lrqat.grids.wire import MAX_SCALE, to_fp16, to_wire
 
@@ -35,7 +35,7 @@ _SPELLING = re.compile(r"w([2-8])(?:g(\d+))?(-asym|-min)?(-fp16)?")
 
 
 @dataclass(frozen=True)
-class AffineGrid(Grid):
+class AffineGrid(EvenGrid):
     """An affine grid.
 
     Attributes:
@@ -82,11 +82,6 @@ class AffineGrid(Grid):
         return self.zero == "midpoint"
 
     @property
-    def codes(self) -> int:
-        """2^bits."""
-        return 1 << self.bits
-
-    @property
     def midpoint(self) -> int:
         """The zero of a symmetric grid, 2^(bits-1)."""
         return 1 << (self.bits - 1)
@@ -95,21 +90,6 @@ class AffineGrid(Grid):
     def first(self) -> int:
         """The level of code 0."""
         return -self.midpoint if self.symmetric else 0
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The levels of the first and the last code."""
-        return float(self.first), float(self.first + self.codes - 1)
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Half a step beyond the ends."""
-        return self.first - 0.5, self.first + self.codes - 0.5
-
-    @property
-    def fixed_point(self) -> tuple[float, float]:
-        """b bits of integer, 8 - b of fraction: Q_b.(8-b) of the paper's eq. 7."""
-        return (0.0 if self.symmetric else float(self.midpoint)), 2.0 ** (8 - self.bits)
 
     def columns_per_group(self, columns: int, name: str = "weight") -> int:
         """Group size in columns; refuses what does not divide."""
@@ -173,19 +153,6 @@ class AffineGrid(Grid):
         if "minimums" in gains:
             parts["minimums"] = to_fp16(start["minimums"] + start["scales"] * (gains["minimums"] - 1) * self.midpoint)
         return parts
-
-    def nearest(self, x: Tensor) -> Tensor:
-        """clip(round(x))."""
-        return x.round_().clamp_(*self.ends)
-
-    def encode(self, levels: Tensor) -> Tensor:
-        """q = level - first."""
-        return (levels - self.first if self.first else levels).to(torch.uint8)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """level = q + first."""
-        levels = codes.float()
-        return levels.add_(self.first) if self.first else levels
 
     def wire(self, scales: Tensor) -> Tensor:
         """Nearest scales that the wire can store."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lrqat.errors import LrqatError
-from lrqat.grid import Affine, Grid, Part, Parts
+from lrqat.grid import Affine, EvenGrid, Part, Parts
 from lrqat.grids import search
 from lrqat.grids.wire import to_fp16, to_integer, to_wire
 
@@ -30,7 +30,7 @@ SUPER_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class KGrid(Grid):
+class KGrid(EvenGrid):
     """A K-quant; `LAYOUTS` has them all.
 
     Attributes:
@@ -56,29 +56,9 @@ class KGrid(Grid):
         return self.name
 
     @property
-    def codes(self) -> int:
-        """2^bits."""
-        return 1 << self.bits
-
-    @property
     def first(self) -> int:
         """The level of code 0."""
         return 0 if self.minimums else -(1 << (self.bits - 1))
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The levels of the first and the last code."""
-        return float(self.first), float(self.first + self.codes - 1)
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Half a step beyond the ends."""
-        return self.first - 0.5, self.first + self.codes - 0.5
-
-    @property
-    def fixed_point(self) -> tuple[float, float]:
-        """b bits of integer, 8 - b of fraction."""
-        return float(self.first + self.codes // 2), 2.0 ** (8 - self.bits)
 
     @property
     def sub_range(self) -> tuple[int, int]:
@@ -169,19 +149,6 @@ class KGrid(Grid):
         """The fp16 number [O, S] under which the greatest of each super-block becomes the greatest integer."""
         most_OS = real_OG.unflatten(1, (-1, SUPER_BLOCK // self.block)).amax(2)
         return to_wire(most_OS / self.sub_range[1], "fp16")
-
-    def nearest(self, x: Tensor) -> Tensor:
-        """clip(round(x))."""
-        return x.round_().clamp_(*self.ends)
-
-    def encode(self, levels: Tensor) -> Tensor:
-        """q = level - first."""
-        return (levels - self.first if self.first else levels).to(torch.uint8)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """level = q + first."""
-        levels = codes.float()
-        return levels.add_(self.first) if self.first else levels
 
 
 def _spread(per_super: Tensor, like: Tensor) -> Tensor:
