@@ -45,6 +45,7 @@ FILE_TYPES = {F32: 0, F16: 1, BF16: 32, **{number: kind.file_type for number, ki
 QUANTIZATION_VERSION = 2
 QUANTIZED_BY = "general.quantized_by"
 ROWS_AT_ONCE = 1024  # of a dense matrix
+CODES_AT_ONCE = 1 << 20  # bytes that a core's cache holds; the fewer calls, the better
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _ordered(checkpoint: FusedCheckpoint, architecture: Architecture, name: str)
 def _packed(checkpoint: FusedCheckpoint, architecture: Architecture, kind: BlockType, name: str) -> Iterator[Tensor]:
     """Bytes of one quantized weight: uint8 [rows, bytes of a row]."""
     fused = _ordered(checkpoint, architecture, name)
-    for rows in row_tiles(*fused.codes_OI.shape):
+    for rows in row_tiles(*fused.codes_OI.shape, CODES_AT_ONCE):
         yield pack(restate(fused.rows(rows), kind), kind)
 
 

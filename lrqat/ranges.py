@@ -12,9 +12,9 @@ from lrqat.settings import MAX_RANGE_P
 TILE_WEIGHTS = 1 << 18  # elements that stay in a core's L2 cache with their temporaries
 
 
-def row_tiles(rows: int, columns: int) -> list[slice]:
-    """Slices of rows, each of about TILE_WEIGHTS elements."""
-    step = max(1, TILE_WEIGHTS // columns)
+def row_tiles(rows: int, columns: int, elements: int = TILE_WEIGHTS) -> list[slice]:
+    """Slices of rows, each of about so many elements."""
+    step = max(1, elements // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
