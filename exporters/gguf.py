@@ -161,8 +161,9 @@ def _ordered(checkpoint: FusedCheckpoint, architecture: Architecture, name: str)
 def _packed(checkpoint: FusedCheckpoint, architecture: Architecture, kind: BlockType, name: str) -> Iterator[Tensor]:
     """Bytes of one quantized weight: uint8 [rows, bytes of a row]."""
     fused = _ordered(checkpoint, architecture, name)
-    for rows in row_tiles(*fused.codes_OI.shape, CODES_AT_ONCE):
-        yield pack(restate(fused.rows(rows), kind), kind)
+    rows, columns = fused.codes_OI.shape
+    for some in row_tiles(rows, columns, CODES_AT_ONCE):
+        yield pack(restate(fused.rows(some), kind), kind)
 
 
 def _values(checkpoint: FusedCheckpoint, architecture: Architecture, dtype: torch.dtype, name: str) -> Iterator[Tensor]:

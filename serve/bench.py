@@ -3,8 +3,13 @@
 All models are served at once, each by a server of its own, and the first by two: the second of them shows what the
 measurement itself is worth. In every round each server gets, in an order drawn anew, the same prompt of `prompt_tokens`
 for one token, and then the same short prompt for `generated_tokens`. A round is a pair (of each model with the first),
-so what the machine does meanwhile meets both sides. Ratios are first / other, the median over rounds; their intervals
-come from resampling the rounds.
+so what the machine does meanwhile meets both sides.
+
+Where a model lies in memory makes it faster or slower by several percent, for as long as it lies there: two servers
+that map one file share its pages, a copy of that file has others (docs/log.md). So there are several sittings: each
+loads every model again, a file from a copy of its own. vLLM reads weights into memory of its own anyway.
+Ratios are first / other: the mean over sittings of the median over their rounds; intervals come from resampling
+sittings, and rounds within them.
 
     ttft_s         seconds until the first token of the long prompt
     itl_s          seconds between two generated tokens
@@ -15,13 +20,13 @@ come from resampling the rounds.
 
 The result (JSON; what is not measured is null):
 
-    {"format": "lrqat-bench", "version": 1, "runtime": "llama.cpp", "first": LABEL, "noise": LABEL,
+    {"format": "lrqat-bench", "version": 2, "runtime": "llama.cpp", "first": LABEL, "noise": LABEL,
      "models":  {LABEL: {"path", "file_bytes", "tensor_bytes", "dtypes": {DTYPE: {"tensors", "bytes"}},
                          "sha256": {FILE: HASH}, "medians": {METRIC: number},
                          "prompt_tokens_per_s", "tokens_per_s", "prompt_tokens_per_cpu_s", "tokens_per_cpu_s",
-                         "samples": {METRIC: [number, one a round]}}},
+                         "samples": {METRIC: [[number, one a round], one a sitting]}}},
      "layouts": {LABEL: {"same", "names", "shapes", "dtypes", "bytes", "file_bytes_difference", "differing": [..]}},
-     "ratios":  {LABEL: {METRIC: {"ratio", "low", "high", "samples"}}},     the first model's figure / LABEL's
+     "ratios":  {LABEL: {METRIC: {"ratio", "low", "high", "samples", "sittings": [ratio, one a sitting]}}},
      "verdicts": {LABEL: "equal" | "faster" | "slower" | "unclear"},        of the first against LABEL
      "judged_by": [METRIC, METRIC],                                         CPU times; on a GPU ttft_s and itl_s
      "limit": 0.03, "confidence": 0.95, "settings": {...}, "machine": {...}}
@@ -33,7 +38,9 @@ Refuses: one model, models of two runtimes or with other vocabularies, prompts b
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -51,7 +58,7 @@ from serve.launch import examine, has_cuda
 from serve.layout import Layout, compare, layout, sentence
 from serve.running import Server, start
 
-VERSION = 1
+VERSION = 2
 LIMIT = 0.03  # a ratio of CPU times whose interval lies within 1 +- LIMIT is equal
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -65,6 +72,8 @@ GPU_MEMORY = 0.9  # of it, for all servers together
 CPU, WALL = ("prompt_cpu_s", "token_cpu_s"), ("ttft_s", "itl_s")
 PER_ROUND = (*WALL, *CPU)
 
+Samples = dict[str, list[list[float]]]  # metric -> sittings -> rounds
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -73,8 +82,8 @@ class Settings:
     Attributes:
         prompt_tokens: of the long prompt.
         generated_tokens: after the short one.
-        rounds: that count.
-        loads: how often each model is loaded.
+        rounds: of a sitting, that count.
+        sittings: how often each model is loaded, into other memory.
         threads: CPU threads of each server. Of several, those that wait for the others spin, and spinning is CPU time.
         seed: of prompts and of the order.
         python: vLLM: an interpreter that has it.
@@ -83,15 +92,15 @@ class Settings:
 
     prompt_tokens: int = 128
     generated_tokens: int = 32
-    rounds: int = 40
-    loads: int = 1
+    rounds: int = 10
+    sittings: int = 5
     threads: int = 1
     seed: int = 0
     python: str | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt_tokens", SHORT_PROMPT), ("generated_tokens", 2), ("rounds", 1), ("loads", 1)):
+        for name, least in (("prompt_tokens", SHORT_PROMPT), ("generated_tokens", 2), ("rounds", 1), ("sittings", 1)):
             if (value := getattr(self, name)) < least:
                 raise LrqatError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
 
@@ -119,24 +128,13 @@ def bench(paths: Sequence[Path], settings: Settings, text: str) -> dict[str, Any
     gpu = runtime == "vllm" and has_cuda(settings.python or sys.executable)
     share = GPU_MEMORY / len(served) if gpu else None
     judged_by = WALL if gpu else CPU  # what a GPU computes is no CPU time
-    samples: dict[str, dict[str, list[float]]] = {label: {} for label in served}
-    for _ in range(settings.loads - 1):
-        for label, path in served.items():
-            with _load(path, settings, samples[label], share):
-                pass
-    with ExitStack() as stack:
-        servers = {
-            label: stack.enter_context(_load(path, settings, samples[label], share)) for label, path in served.items()
-        }
-        try:
-            _measure(servers, settings, text, samples)
-            for label, server in servers.items():
-                samples[label]["peak_bytes"] = [float(meter.peak_bytes(server.pid))]
-        except LrqatError:
-            for server in servers.values():
-                if server.ended():
-                    raise LrqatError(server.obituary()) from None
-            raise
+    samples: dict[str, Samples] = {label: {} for label in served}
+    rng = np.random.default_rng(settings.seed)
+    for number in range(1, settings.sittings + 1):
+        log(f"sitting {number}/{settings.sittings}")
+        for label, found in _sit(served, settings, text, rng, share).items():
+            for metric, values in found.items():
+                samples[label].setdefault(metric, []).append(values)
     ratios = {label: _ratios(samples[first], samples[label]) for label in served if label != first}
     layouts[noise] = layouts[first]
     hashes[noise] = hashes[first]
@@ -161,16 +159,24 @@ def bench(paths: Sequence[Path], settings: Settings, text: str) -> dict[str, Any
     }
 
 
-def interval(first: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """Median of the paired ratios first / other, with its bootstrap interval (percentiles over resampled rounds)."""
-    ratios = np.asarray(first, dtype=np.float64) / np.asarray(other, dtype=np.float64)
-    found: dict[str, Any] = {"ratio": float(np.median(ratios)), "low": None, "high": None, "samples": len(ratios)}
-    if len(ratios) >= MIN_SAMPLES:
-        drawn = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+def interval(first: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Ratio first / other of figures [sittings][rounds], with its bootstrap interval (percentiles).
+
+    One sitting alone says nothing of where models lie in memory: its interval is that of its rounds.
+    """
+    ratios_SR = np.asarray(first, dtype=np.float64) / np.asarray(other, dtype=np.float64)
+    sittings, rounds = ratios_SR.shape
+    medians_S = np.median(ratios_SR, axis=1)
+    found: dict[str, Any] = {"ratio": float(medians_S.mean()), "low": None, "high": None, "samples": ratios_SR.size}
+    if ratios_SR.size >= MIN_SAMPLES:
+        rng = np.random.default_rng(0)
+        drawn_NS1 = rng.integers(0, sittings, (RESAMPLES, sittings, 1))
+        drawn_NSR = rng.integers(0, rounds, (RESAMPLES, sittings, rounds))
+        means_N = np.median(ratios_SR[drawn_NS1, drawn_NSR], axis=2).mean(axis=1)
         tail = 50 * (1 - CONFIDENCE)
-        low, high = np.percentile(np.median(ratios[drawn], axis=1), [tail, 100 - tail])
+        low, high = np.percentile(means_N, [tail, 100 - tail])
         found |= {"low": float(low), "high": float(high)}
-    return found
+    return found | {"sittings": medians_S.tolist()}
 
 
 def verdict(found: Sequence[dict[str, Any]]) -> str:
@@ -198,6 +204,30 @@ def _names(paths: Sequence[Path]) -> tuple[str, dict[str, Path]]:
     return next(iter(runtimes)), dict(zip(names, paths, strict=True))
 
 
+def _sit(
+    served: dict[str, Path], settings: Settings, text: str, rng: np.random.Generator, gpu_share: float | None
+) -> dict[str, dict[str, list[float]]]:
+    """One sitting: label -> metric -> figures."""
+    samples: dict[str, dict[str, list[float]]] = {label: {} for label in served}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrqat-bench-")))
+        servers = {}
+        for number, (label, path) in enumerate(served.items()):
+            if path.is_file():
+                path = Path(shutil.copyfile(path, folder / f"{number}{path.suffix}"))
+            servers[label] = stack.enter_context(_load(path, settings, samples[label], gpu_share))
+        try:
+            _measure(servers, settings, text, rng, samples)
+            for label, server in servers.items():
+                samples[label]["peak_bytes"] = [float(meter.peak_bytes(server.pid))]
+        except LrqatError:
+            for server in servers.values():
+                if server.ended():
+                    raise LrqatError(server.obituary()) from None
+            raise
+    return samples
+
+
 @contextmanager
 def _load(path: Path, settings: Settings, samples: dict[str, list[float]], gpu_share: float | None) -> Iterator[Server]:
     """A server; how long its start took is added to the samples."""
@@ -212,10 +242,13 @@ def _load(path: Path, settings: Settings, samples: dict[str, list[float]], gpu_s
 
 
 def _measure(
-    servers: dict[str, Server], settings: Settings, text: str, samples: dict[str, dict[str, list[float]]]
+    servers: dict[str, Server],
+    settings: Settings,
+    text: str,
+    rng: np.random.Generator,
+    samples: dict[str, dict[str, list[float]]],
 ) -> None:
-    """All rounds; adds to the samples."""
-    rng = np.random.default_rng(settings.seed)
+    """All rounds of a sitting; adds to the samples."""
     ids = _token_ids(servers, text, settings)
     for number in range(-WARM_UP, settings.rounds):
         prompts = list(_cut(ids, rng, settings))
@@ -266,13 +299,11 @@ def _cut(ids: list[int], rng: np.random.Generator, settings: Settings) -> Iterat
         yield ids[at : at + length], count
 
 
-def _ratios(first: dict[str, list[float]], other: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+def _ratios(first: Samples, other: Samples) -> dict[str, dict[str, Any]]:
     return {metric: interval(values, other[metric]) for metric, values in first.items()}
 
 
-def _model(
-    path: Path, of: Layout, hashes: dict[str, str], samples: dict[str, list[float]], settings: Settings
-) -> dict[str, Any]:
+def _model(path: Path, of: Layout, hashes: dict[str, str], samples: Samples, settings: Settings) -> dict[str, Any]:
     """A model's entry in the result."""
     medians = {metric: float(np.median(values)) for metric, values in samples.items()}
     return {

@@ -37,8 +37,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of the prompt that is timed (128)")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="to generate in each round (32)")
-    parser.add_argument("--rounds", type=int, default=40, metavar="N", help="requests of each kind to each model (40)")
-    parser.add_argument("--loads", type=int, default=1, metavar="N", help="how often each model is loaded (1)")
+    parser.add_argument(
+        "--rounds", type=int, default=10, metavar="N", help="requests of each kind to each model in a sitting (10)"
+    )
+    parser.add_argument(
+        "--sittings", type=int, default=5, metavar="N", help="how often each model is loaded, into other memory (5)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of prompts and of the order of requests (0)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="to cut prompts from (CPython's documentation)")
     parser.add_argument("--python", help="vllm: an interpreter whose environment has vLLM (default: this one)")
@@ -56,7 +60,7 @@ def _main(args: argparse.Namespace) -> int:
         prompt_tokens=args.prompt_tokens,
         generated_tokens=args.tokens,
         rounds=args.rounds,
-        loads=args.loads,
+        sittings=args.sittings,
         threads=1 if args.threads is None else args.threads,
         seed=args.seed,
         python=args.python,
@@ -101,7 +105,7 @@ def table(result: dict[str, Any]) -> str:
         f"equal: {' and '.join(COLUMNS[name] for name in result['judged_by'])} within {low:.2f} and {high:.2f}"
     )
     if result["verdicts"][result["noise"]] != "equal":
-        lines.append("warning: not even the first model equals itself; close other programs, or give more --rounds")
+        lines.append("warning: not even the first model equals itself; close other programs, or give more --sittings")
     return "\n".join(lines)
 
 

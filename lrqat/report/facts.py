@@ -334,10 +334,10 @@ def _is_number(value: object) -> bool:
 def read_bench(path: Path) -> Json:
     """What `lrqat-bench` wrote; refuses other files and damaged ones."""
     content = read_json(path)
-    if content.get("format") != "lrqat-bench" or content.get("version") != 1:
+    if content.get("format") != "lrqat-bench" or content.get("version") != 2:
         raise LrqatError(
-            f"{path}: expected format lrqat-bench version 1, got {content.get('format')!r} version "
-            f"{content.get('version')!r}; give --bench what lrqat-bench wrote"
+            f"{path}: expected format lrqat-bench version 2, got {content.get('format')!r} version "
+            f"{content.get('version')!r}; run lrqat-bench again"
         )
     try:
         _expect(isinstance(content["first"], str) and isinstance(content["noise"], str), "first")

@@ -61,7 +61,7 @@ def bench_command(bench: dict[str, Any]) -> str:
         "--prompt-tokens": "prompt_tokens",
         "--tokens": "generated_tokens",
         "--rounds": "rounds",
-        "--loads": "loads",
+        "--sittings": "sittings",
         "--threads": "threads",
         "--seed": "seed",
         "--python": "python",

@@ -104,7 +104,7 @@ def bench() -> dict[str, Any]:
     model = {"path": "model.gguf", "file_bytes": 91726720, "medians": medians, "tokens_per_s": 31.5}
     return {
         "format": "lrqat-bench",
-        "version": 1,
+        "version": 2,
         "runtime": "llama.cpp",
         "first": "trained",
         "noise": "trained (again)",
@@ -114,7 +114,14 @@ def bench() -> dict[str, Any]:
         "verdicts": {"trained (again)": "equal", "stock": "equal"},
         "limit": 0.03,
         "confidence": 0.95,
-        "settings": {"prompt_tokens": 256, "generated_tokens": 64, "rounds": 20, "loads": 1, "threads": 1, "seed": 0},
+        "settings": {
+            "prompt_tokens": 256,
+            "generated_tokens": 64,
+            "rounds": 20,
+            "sittings": 1,
+            "threads": 1,
+            "seed": 0,
+        },
         "machine": {},
     }
 
@@ -378,7 +385,7 @@ def damage(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
         (damage("layers.json", lambda c: {**c, "version": 2}), [], "expected format lrqat-layers version 1"),
         (damage("layers.json", lambda c: {**c, "histograms": {"w4g32": {"codes": {}}}}), [], "damaged"),
         (lambda run: write(run / "eval.json", {"kl": 1}), [], "expected what `lrqat eval --json` prints"),
-        (lambda run: write(run / "bench.json", {"format": "x"}), [], "expected format lrqat-bench version 1"),
+        (lambda run: write(run / "bench.json", {"format": "x"}), [], "expected format lrqat-bench version 2"),
         (lambda run: None, ["--certificate", "nowhere.json"], "no such file"),
         (
             lambda run: write(run / "c.json", {"format": "x"}),
