@@ -12,9 +12,9 @@ from lrqat.settings import MAX_RANGE_P
 TILE_WEIGHTS = 1 << 18  # elements that stay in a core's L2 cache with their temporaries
 
 
-def row_tiles(rows: int, columns: int, elements: int = TILE_WEIGHTS) -> list[slice]:
-    """Slices of rows, each of about so many elements."""
-    step = max(1, elements // columns)
+def row_tiles(rows: int, columns: int, elements: int | None = None) -> list[slice]:
+    """Slices of rows, each of about so many elements (TILE_WEIGHTS)."""
+    step = max(1, (elements or TILE_WEIGHTS) // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -10,7 +10,8 @@ The rest is large and differentiated by hand, in two steps: what is done to ever
 
 All work goes row tile by row tile, so temporaries stay in cache and no second O x I tensor exists.
 `QuantizedLinear` recomputes W in backward and hands the method dL/dW tile by tile: between forward and
-backward a layer keeps its input and nothing else.
+backward a layer keeps its input and nothing else. Where a method's gradients do not need dL/dW (`factored`), it is not
+formed; the layer keeps its output too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 from lrqat.fused import FusedTensor
 from lrqat.grid import Affine, Grid
-from lrqat.methods.tiles import Differentiate, Pieces, Slopes, Weigh, by_group, kernels
+from lrqat.methods.factored import clipped_slopes, scale_slopes
+from lrqat.methods.tiles import Kernels, Pieces, Slopes, by_group, kernels
 from lrqat.ranges import row_tiles
 
 
@@ -35,10 +37,13 @@ class WeightQuantizer(nn.Module):
         shape: (O, I) of the weight.
         name: the weight's parameter name in checkpoints, once it is part of a model.
         compiled: `latent_of` and `slopes` run through torch.compile.
+        factored: dL/ds and dL/dm are those under frozen levels, and `absorb_product` gives the rest: with one s a row,
+            dL/dW is not formed.
     """
 
     name = "weight"
     compiled = False
+    factored = False
 
     def __init__(self, grid: Grid, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -72,11 +77,14 @@ class WeightQuantizer(nn.Module):
         """Add to `grads`, which are those of `large()` by name, what `Slopes.large_KI` of these rows gives."""
         raise NotImplementedError
 
+    def absorb_product(self, grad_TO: Tensor, x_TI: Tensor, scale_O: Tensor, grads: dict[str, Tensor]) -> None:
+        """Add to `grads` what all of dL/du = s * (dY^T X) gives, as if nothing were clipped. By default nothing."""
+
     def latent(self, rows: slice, affine: Affine) -> Tensor:
         """Float32 [rows, I]; `affine` is of these rows."""
         return self.latent_of(self.grid, self.pieces(rows), affine)
 
-    def kernels(self) -> tuple[Weigh, Differentiate]:
+    def kernels(self) -> Kernels:
         """What is done to every weight of a row tile, compiled or not."""
         return kernels(self.latent_of, self.slopes, self.grid, self.compiled)
 
@@ -97,7 +105,7 @@ class WeightQuantizer(nn.Module):
     def weight(self, dtype: torch.dtype = torch.float32, affine: Affine | None = None) -> Tensor:
         """The weight of the forward pass, [O, I], built tile by tile."""
         affine = affine or self.affine()
-        weigh, _ = self.kernels()
+        weigh = self.kernels().weigh
         weight_OI = torch.empty(self.shape, dtype=dtype, device=affine.scale_OG.device)
         for rows in self.tiles():
             weight_OI[rows] = weigh(self.pieces(rows), affine.rows(rows), dtype)
@@ -134,37 +142,79 @@ class QuantizedLinear(torch.autograd.Function):
         offset_OG: Tensor | None,
         *large: Tensor,
     ) -> Tensor:
-        """[..., I] -> [..., O]; keeps x and the small s and m."""
-        ctx.save_for_backward(x, scale_OG, offset_OG)
+        """[..., I] -> [..., O]; keeps x and the small s and m, and the output where dL/dW is not formed."""
+        output = F.linear(x, quantizer.weight(x.dtype, Affine(scale_OG, offset_OG)), bias)
+        factored = quantizer.factored and scale_OG.shape[1] == 1
+        needs_output = factored and any(ctx.needs_input_grad[3:5])
+        ctx.save_for_backward(x, bias, scale_OG, offset_OG, output if needs_output else None)
         ctx.quantizer = quantizer
-        ctx.has_bias = bias is not None
-        return F.linear(x, quantizer.weight(x.dtype, Affine(scale_OG, offset_OG)), bias)
+        ctx.factored = factored
+        return output
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, bias, s, m and the large parameters."""
-        x, scale_OG, offset_OG = ctx.saved_tensors
+        x, bias, scale_OG, offset_OG, output = ctx.saved_tensors
         quantizer: WeightQuantizer = ctx.quantizer
         affine = Affine(scale_OG, offset_OG)
+        rows, columns = quantizer.shape
+        grad_TO, x_TI = output_grads[0].reshape(-1, rows), x.reshape(-1, columns)
         large = {name: torch.zeros_like(p) for name, p in quantizer.large().items() if p.requires_grad}
-        scale = torch.empty_like(scale_OG) if ctx.needs_input_grad[3] else None
-        offset = torch.empty_like(offset_OG) if ctx.needs_input_grad[4] else None
-        grad_TO = output_grads[0].reshape(-1, quantizer.shape[0])
-        x_TI = x.reshape(-1, quantizer.shape[1])
-        if large or scale is not None or offset is not None:
-            weight_OI = torch.empty(quantizer.shape, dtype=x.dtype, device=x.device)
-            _, differentiate = quantizer.kernels()
-            for rows in quantizer.tiles():
-                grad_KI = grad_TO[:, rows].T @ x_TI
-                weight_OI[rows], slopes = differentiate(quantizer.pieces(rows), affine.rows(rows), grad_KI, x.dtype)
-                if slopes.large_KI is not None and large:
-                    quantizer.absorb(rows, slopes.large_KI, large)
-                if scale is not None:
-                    scale[rows] = slopes.scale_KG
-                if offset is not None and slopes.offset_KG is not None:
-                    offset[rows] = slopes.offset_KG
+        scale = offset = None
+        if ctx.factored:
+            if output is not None:
+                scale, offset = scale_slopes(grad_TO, x_TI, output.reshape(-1, rows), bias, affine)
+            weight_OI = factored_weight(quantizer, affine, grad_TO, x_TI, large)
+        elif large or any(ctx.needs_input_grad[3:5]):
+            scale = torch.empty_like(scale_OG)
+            offset = None if offset_OG is None else torch.empty_like(offset_OG)
+            weight_OI = tiled_weight(quantizer, affine, grad_TO, x_TI, large, scale, offset)
         else:
             weight_OI = quantizer.weight(x.dtype, affine)
         grad_x = (grad_TO @ weight_OI).view_as(x) if ctx.needs_input_grad[0] else None
-        grad_bias = grad_TO.sum(0) if ctx.has_bias and ctx.needs_input_grad[1] else None
+        grad_bias = grad_TO.sum(0) if ctx.needs_input_grad[1] else None
+        scale, offset = (g if n else None for g, n in zip((scale, offset), ctx.needs_input_grad[3:5], strict=True))
         return grad_x, grad_bias, None, scale, offset, *large.values()
+
+
+def tiled_weight(
+    quantizer: WeightQuantizer,
+    affine: Affine,
+    grad_TO: Tensor,
+    x_TI: Tensor,
+    large: dict[str, Tensor],
+    scale: Tensor,
+    offset: Tensor | None,
+) -> Tensor:
+    """The weight again, and by the way all gradients, from dL/dW one row tile at a time."""
+    weight_OI = torch.empty(quantizer.shape, dtype=x_TI.dtype, device=x_TI.device)
+    differentiate = quantizer.kernels().differentiate
+    for rows in quantizer.tiles():
+        grad_KI = grad_TO[:, rows].T @ x_TI
+        weight_OI[rows], slopes = differentiate(quantizer.pieces(rows), affine.rows(rows), grad_KI, x_TI.dtype)
+        if slopes.large_KI is not None and large:
+            quantizer.absorb(rows, slopes.large_KI, large)
+        scale[rows] = slopes.scale_KG
+        if offset is not None and slopes.offset_KG is not None:
+            offset[rows] = slopes.offset_KG
+    return weight_OI
+
+
+def factored_weight(
+    quantizer: WeightQuantizer, affine: Affine, grad_TO: Tensor, x_TI: Tensor, large: dict[str, Tensor]
+) -> Tensor:
+    """The weight again, and by the way the gradients of the large parameters, without dL/dW."""
+    if not large:
+        return quantizer.weight(x_TI.dtype, affine)
+    quantizer.absorb_product(grad_TO, x_TI, affine.scale_OG[:, 0], large)
+    weight_OI = torch.empty(quantizer.shape, dtype=x_TI.dtype, device=x_TI.device)
+    weigh_counting, tiles, counts = quantizer.kernels().weigh_counting, quantizer.tiles(), []
+    for rows in tiles:
+        weight_OI[rows], clipped = weigh_counting(quantizer.pieces(rows), affine.rows(rows), x_TI.dtype)
+        counts.append(clipped)
+    for rows, clipped in zip(tiles, torch.stack(counts).tolist(), strict=True):
+        if clipped:
+            part = affine.rows(rows)
+            latent_KI = quantizer.latent(rows, part)
+            quantizer.absorb(rows, -clipped_slopes(quantizer.grid, part, latent_KI, grad_TO[:, rows], x_TI), large)
+    return weight_OI

@@ -48,6 +48,7 @@ class LRQAT(GainQuantizer):
     """
 
     phi: Tensor
+    factored = True
 
     def __init__(
         self,
@@ -136,3 +137,9 @@ class LRQAT(GainQuantizer):
         """dA and dB of dL/du."""
         grads["a_OR"][rows].addmm_(large_KI, self.b_RI.detach().T, alpha=self.multiplier)
         grads["b_RI"].addmm_(self.a_OR[rows].detach().T, large_KI, alpha=self.multiplier)
+
+    def absorb_product(self, grad_TO: Tensor, x_TI: Tensor, scale_O: Tensor, grads: dict[str, Tensor]) -> None:
+        """dA = c s * (dY^T (X B^T)),  dB = (dY (c s * A))^T X; products in the activations' dtype."""
+        times_O1, b_RI = (self.multiplier * scale_O)[:, None], self.b_RI.detach().to(x_TI.dtype)
+        grads["a_OR"] += (grad_TO.T @ (x_TI @ b_RI.T)) * times_O1
+        grads["b_RI"] += (grad_TO @ (self.a_OR.detach() * times_O1).to(x_TI.dtype)).T @ x_TI

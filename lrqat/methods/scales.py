@@ -29,6 +29,7 @@ class Scales(GainQuantizer):
         grid: any grid.
     """
 
+    factored = True
     codes: Tensor
     moved_before: Tensor  # by what was trained before these codes were frozen
 

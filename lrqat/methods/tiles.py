@@ -1,6 +1,7 @@
-"""What is done to every weight of a row tile, as two pure functions.
+"""What is done to every weight of a row tile, as pure functions.
 
     weigh           x = latent(pieces);  l = nearest(x);  W^ = s * l + m
+    weigh_counting  the same, and how many x are clipped
     differentiate   the same, and with g = dL/dW^:  dL/d(large) [K, I], dL/ds [K, G], dL/dm [K, G]
 
 Plain torch makes a dozen passes over the tile; torch.compile makes one of each function, with the same bits: nothing
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,13 +38,25 @@ class Slopes(NamedTuple):
 
 LatentOf = Callable[[Grid, Pieces, Affine], Tensor]
 SlopesOf = Callable[[Grid, Affine, Tensor, Tensor, Tensor], Slopes]
-Weigh = Callable[[Pieces, Affine, torch.dtype], Tensor]
-Differentiate = Callable[[Pieces, Affine, Tensor, torch.dtype], tuple[Tensor, Slopes]]
+
+
+class Kernels(NamedTuple):
+    """The functions of a method on a grid; all return the weight in the given dtype first.
+
+    Attributes:
+        weigh: (pieces, affine, dtype).
+        weigh_counting: (pieces, affine, dtype); and the number of clipped weights, int64.
+        differentiate: (pieces, affine, dL/dW^, dtype); and the gradients.
+    """
+
+    weigh: Callable[[Pieces, Affine, torch.dtype], Tensor]
+    weigh_counting: Callable[[Pieces, Affine, torch.dtype], tuple[Tensor, Tensor]]
+    differentiate: Callable[[Pieces, Affine, Tensor, torch.dtype], tuple[Tensor, Slopes]]
 
 
 @lru_cache
-def kernels(latent_of: LatentOf, slopes: SlopesOf, grid: Grid, compiled: bool) -> tuple[Weigh, Differentiate]:
-    """The two functions of a method on a grid.
+def kernels(latent_of: LatentOf, slopes: SlopesOf, grid: Grid, compiled: bool) -> Kernels:
+    """The functions of a method on a grid.
 
     Args:
         latent_of: (grid, pieces, affine) -> latent weights, float32 [K, I].
@@ -56,29 +69,31 @@ def kernels(latent_of: LatentOf, slopes: SlopesOf, grid: Grid, compiled: bool) -
         levels_KI = grid.nearest(latent_of(grid, pieces, affine))
         return dequantize(levels_KI, affine).to(dtype)
 
+    def weigh_counting(pieces: Pieces, affine: Affine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        latent_KI = latent_of(grid, pieces, affine)
+        low, high = grid.bounds
+        clipped = ((latent_KI <= low) | (latent_KI >= high)).sum()
+        return dequantize(grid.nearest(latent_KI), affine).to(dtype), clipped
+
     def differentiate(pieces: Pieces, affine: Affine, grad_KI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Slopes]:
         latent_KI = latent_of(grid, pieces, affine)
         levels_KI = grid.nearest(latent_KI.clone())
         weight_KI = dequantize(levels_KI, affine).to(dtype)
         return weight_KI, slopes(grid, affine, latent_KI, levels_KI, grad_KI.float())
 
-    if not compiled:
-        return weigh, differentiate
-    weigh_any, differentiate_any = torch.compile(weigh, dynamic=False), torch.compile(differentiate, dynamic=False)
+    functions = Kernels(weigh, weigh_counting, differentiate)
+    return Kernels(*[_compiled(function) for function in functions]) if compiled else functions
 
-    def weigh_compiled(pieces: Pieces, affine: Affine, dtype: torch.dtype) -> Tensor:
-        any_rows(*pieces, *affine)
-        weight_KI: Tensor = weigh_any(pieces, affine, dtype)
-        return weight_KI
 
-    def differentiate_compiled(
-        pieces: Pieces, affine: Affine, grad_KI: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Slopes]:
-        any_rows(*pieces, *affine, grad_KI)
-        found: tuple[Tensor, Slopes] = differentiate_any(pieces, affine, grad_KI, dtype)
-        return found
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel by torch.compile."""
+    compiled = torch.compile(function, dynamic=False)
 
-    return weigh_compiled, differentiate_compiled
+    def call(pieces: Pieces, affine: Affine, *rest: Any) -> Any:
+        any_rows(*pieces, *affine, *(value for value in rest if isinstance(value, Tensor)))
+        return compiled(pieces, affine, *rest)
+
+    return call
 
 
 def any_rows(*tensors: Tensor | None) -> None:

@@ -52,8 +52,9 @@ def lrqat(spelling: str) -> LRQAT:
 
 
 @needs_compiler
-def test_compiled_lr_qat_has_the_bits_of_the_plain_one() -> None:
-    check(lrqat("w4g32"))
+@pytest.mark.parametrize("spelling", ["w4g32", "w3"])
+def test_compiled_lr_qat_has_the_bits_of_the_plain_one(spelling: str) -> None:
+    check(lrqat(spelling))
 
 
 @needs_compiler

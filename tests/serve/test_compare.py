@@ -34,7 +34,7 @@ def compare(*sequences: tuple[np.ndarray, np.ndarray, list[int]]) -> dict[str, f
 
 
 @given(st.integers(2, 3 * ROWS), st.floats(0.01, 2.0), st.integers(0, 1000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_figures_are_those_of_whole_softmaxes(tokens: int, noise: float, seed: int) -> None:
     reference, got, ids = sample(tokens, noise, seed)
     log_p, log_q = (torch.from_numpy(x[:-1]).double().log_softmax(1) for x in (reference, got))
@@ -138,7 +138,7 @@ def test_a_runtime_off_by_one_position_fails_every_limit() -> None:
 
 
 @given(st.integers(2, 20), st.floats(0.01, 2.0), st.integers(0, 1000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_list_of_all_tokens_says_what_logits_say(tokens: int, noise: float, seed: int) -> None:
     reference, got, ids = sample(tokens, noise, seed)
     log_q = torch.from_numpy(got[:-1]).double().log_softmax(1)
@@ -150,7 +150,7 @@ def test_a_list_of_all_tokens_says_what_logits_say(tokens: int, noise: float, se
 
 
 @given(st.integers(2, 20), st.integers(1, 10), st.integers(0, 1000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_list_of_some_tokens_never_says_more_than_all(tokens: int, known: int, seed: int) -> None:
     reference, got, ids = sample(tokens, 0.5, seed)
     log_q = torch.from_numpy(got[:-1]).double().log_softmax(1)

@@ -1,0 +1,182 @@
+"""What does a training step cost? Methods side by side: seconds, CPU seconds and peak memory of a step.
+
+Every case is a process of its own with the same model, tokens, distillation loss and AdamW with global clipping; they
+take steps in turn, in an order drawn anew for every round, one at a time: what the machine does meanwhile meets all.
+Ratios are to the first case, the median over rounds.
+
+    frozen              forward, and backward through the activations alone: the floor
+    lora                PEFT's LoRA on all linear layers, nothing rounded (needs `pip install peft`)
+    full                full fine-tuning, nothing rounded
+    METHOD@GRID         lrqat, lsq, scales or l4q
+    lrqat-tiles@GRID    lrqat with dL/dW formed row tile by row tile, where it would not be
+
+    python benchmarks/step.py MODEL --cases lora lrqat@w4 lsq@w4 --rounds 8 --compile
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+CASES = ("lora", "frozen", "full", "lsq@w4", "lrqat-tiles@w4", "lrqat@w4", "lrqat@w4g32")
+METRICS = ("seconds", "cpu_seconds")
+LEARNING_RATE = 1e-6  # finite, and no rate that would move much
+WARM_UP = 2  # steps that are not counted: compilation, memory from the system
+
+
+def model_of(case: str, args: argparse.Namespace) -> Any:
+    """The model, with what the case trains requiring gradients."""
+    import torch
+
+    from lrqat.begin import swap_for_training
+    from lrqat.layers import quantizers
+    from lrqat.methods.lr_qat import LRQAT
+    from lrqat.models import locate
+    from lrqat.plan import plan
+    from lrqat.settings import TrainSettings
+
+    base = locate(args.model)
+    model = base.model(torch.bfloat16)
+    if case in ("frozen", "lora"):
+        model.requires_grad_(False)
+    if case == "lora":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = inject_adapter_in_model(config, model)
+    if "@" in case:
+        method, grid = case.split("@")
+        settings = TrainSettings(
+            model=args.model,
+            out="unused",
+            grid=grid,
+            method=method.removesuffix("-tiles"),
+            rank=args.rank if method.startswith(("lrqat", "l4q")) else None,
+            compile=args.compile,
+        )
+        swap_for_training(model, plan(base.skeleton(), settings.assignment, settings.rank), settings)
+        if method == "lrqat-tiles":
+            for quantizer in quantizers(model).values():
+                assert isinstance(quantizer, LRQAT)
+                quantizer.factored = False
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def one(case: str, args: argparse.Namespace) -> None:
+    """A case's process: one JSON line for every line that comes in."""
+    import torch
+
+    from lrqat.command import set_threads
+    from lrqat.trainer import LossModel
+
+    set_threads(args.threads)
+    torch.manual_seed(0)
+    model = model_of(case, args)
+    loss = LossModel(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0) if trained else None
+    config = model.config.get_text_config()
+    shape = (args.batch_size, args.seq_len)
+    if not trained:  # a gradient has to reach the first layer
+        model.get_input_embeddings().register_forward_hook(lambda *found: found[-1].requires_grad_())
+    sizes = {"trained": sum(p.numel() for p in trained)}
+    for _ in sys.stdin:
+        ids = torch.randint(0, config.vocab_size, shape)
+        teacher = torch.randn(*shape, config.hidden_size).to(torch.bfloat16)
+        begun, cpu = time.perf_counter(), time.process_time()
+        loss(ids, teacher)["loss"].backward()
+        if optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        found = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu, **sizes}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({**found, "peak_memory_gb": round(peak / 1e9, 3)}), flush=True)
+
+
+def step(child: subprocess.Popen[str], case: str) -> dict[str, float]:
+    """Ask for a step."""
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write("\n")
+        child.stdin.flush()
+        found: dict[str, float] = json.loads(child.stdout.readline())
+    except (OSError, json.JSONDecodeError):
+        sys.exit(f"error: {case} has ended; its reason stands above")
+    return found
+
+
+def main() -> None:
+    """All cases, in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a Hugging Face directory")
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="as lrqat train")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        one(args.one, args)
+        return
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    children = {}
+    try:
+        for case in args.cases:
+            words = [sys.executable, *sys.argv, "--one", case]
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            children[case] = subprocess.Popen(words, env=environment, **pipes)
+            for _ in range(WARM_UP):
+                step(children[case], case)
+        samples: dict[str, list[dict[str, float]]] = {case: [] for case in args.cases}
+        order, drawn = list(args.cases), random.Random(0)
+        for number in range(args.rounds):
+            drawn.shuffle(order)
+            for case in order:
+                samples[case].append(step(children[case], case))
+            print(f"round {number + 1}/{args.rounds}", file=sys.stderr)
+    finally:
+        for child in children.values():
+            child.kill()
+            child.wait()
+    first, results = args.cases[0], {}
+    for case, rows in samples.items():
+        found = {metric: round(statistics.median(row[metric] for row in rows), 3) for metric in METRICS}
+        ratios = {
+            f"{metric}_ratio": round(
+                statistics.median(a[metric] / b[metric] for a, b in zip(rows, samples[first], strict=True)), 3
+            )
+            for metric in METRICS
+        }
+        results[case] = {
+            **found,
+            **ratios,
+            "peak_memory_gb": rows[-1]["peak_memory_gb"],
+            "trained": rows[-1]["trained"],
+        }
+        print(
+            f"{case:20} {found['seconds']:7.2f} s  {found['cpu_seconds']:7.2f} CPU s  "
+            f"x{ratios['cpu_seconds_ratio']:.3f} CPU  {rows[-1]['peak_memory_gb']:.2f} GB"
+        )
+    settings = {key: value for key, value in vars(args).items() if key not in ("one", "cases")}
+    print(json.dumps({"benchmark": "step", "settings": settings, "ratio_to": first, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
