@@ -12,6 +12,7 @@ from exporters.commands import TARGETS_HELP, formats_flags, grid_for, import_fla
 from lrqat.command import common_flags, run, set_threads, show, with_recipe
 from lrqat.commands import KV_HELP, MODEL_HELP, eval_flags, zeroshot_flags
 from lrqat.errors import LrqatError
+from lrqat.ranks import count, rank
 from lrqat.report.command import report_flags
 from lrqat.settings import (
     ACTIVATIONS,
@@ -184,7 +185,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--steps", type=int, help=f"optimizer steps ({DEFAULTS['steps']})")
     p.add_argument("--batch-size", type=int, help=f"blocks a forward pass ({DEFAULTS['batch_size']})")
     p.add_argument(
-        "--gradient-accumulation", type=int, help=f"forward passes a step ({DEFAULTS['gradient_accumulation']})"
+        "--gradient-accumulation", type=int, help="forward passes a step, of all processes together (1 a process)"
     )
     p.add_argument(
         "--loss", choices=LOSSES, help=f"distillation from the full-precision model, or CE ({DEFAULTS['loss']})"
@@ -231,6 +232,7 @@ def train_settings(args: argparse.Namespace) -> TrainSettings:
     """What the flags of `lrqat train` say."""
     given = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     given["model"] = args.model or args.model_flag
+    given.setdefault("gradient_accumulation", count())
     for name in ("model", "out"):
         if not given.get(name):
             raise LrqatError(f"train: {'MODEL' if name == 'model' else '--out'} is missing; see lrqat train --help")
@@ -264,9 +266,11 @@ def train_command(args: argparse.Namespace) -> int:
     try:
         summary = train(settings, resume=args.resume)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if rank() == 0:
+            print(stop, file=sys.stderr)
         return 130
-    show(summary, args.json)
+    if rank() == 0:
+        show(summary, args.json)
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lrqat.errors import LrqatError
 from lrqat.memory import keep_freed_memory
+from lrqat.ranks import complain, rank
 
 
 def run(body: Callable[[], int]) -> int:
@@ -18,14 +19,15 @@ def run(body: Callable[[], int]) -> int:
     try:
         return body()
     except LrqatError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        complain(f"{where}{error.strerror or error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left", file=sys.stderr)
+        if rank() == 0:
+            print("interrupted; nothing half-written was left", file=sys.stderr)
         return 130
 
 

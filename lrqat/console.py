@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lrqat.ranks import rank
+
 if TYPE_CHECKING:
     import torch
 
@@ -15,8 +17,8 @@ LOG_SECONDS = 30.0
 
 
 def bar(items: Sequence[Any] | torch.Tensor, label: str) -> Iterator[Any]:
-    """`items`, with a tqdm bar on a terminal, and in a log file a line every LOG_SECONDS."""
-    if sys.stderr.isatty():
+    """`items`, with a tqdm bar on a terminal, and in a log file a line every LOG_SECONDS; process 0 alone shows it."""
+    if rank() == 0 and sys.stderr.isatty():
         from tqdm import tqdm
 
         yield from tqdm(items, desc=label, dynamic_ncols=True)
@@ -47,5 +49,6 @@ def peak_memory_gb() -> float:
 
 
 def log(text: str) -> None:
-    """One line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line to stderr, from process 0."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -87,20 +87,35 @@ def cache_named(
 
 
 class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Training blocks with, when distilling, the teacher's states, and which tokens are answers if only they count."""
+    """Training blocks with, when distilling, the teacher's states, and which tokens are answers if only they count.
+
+    Args:
+        blocks_NT: int64 token ids.
+        teacher: what `cache_teacher` wrote for these blocks.
+        dtype: of the states.
+        answers_NT: bool.
+        order: the blocks to train on, one after the other; by default each once.
+    """
 
     def __init__(
-        self, blocks_NT: Tensor, teacher: Path | None, dtype: torch.dtype, answers_NT: Tensor | None = None
+        self,
+        blocks_NT: Tensor,
+        teacher: Path | None,
+        dtype: torch.dtype,
+        answers_NT: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> None:
+        self.order = range(len(blocks_NT)) if order is None else order.tolist()
         self.blocks_NT = blocks_NT
         self.answers_NT = answers_NT
         self.dtype = dtype
         self.states_NTH = np.load(teacher, mmap_mode="r", allow_pickle=False) if teacher else None
 
     def __len__(self) -> int:
-        return len(self.blocks_NT)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        index = self.order[index]
         row = {"input_ids": self.blocks_NT[index]}
         if self.answers_NT is not None:
             row["answers"] = self.answers_NT[index]

@@ -1,7 +1,7 @@
 """Train a model on a grid: base model in, RUN/fused out.
 
 RUN/run.json            settings, base hash, data hash: what `--resume` must find unchanged
-RUN/teacher.npy         the teacher's hidden states while training
+RUN/teacher.npy         the teacher's hidden states while training; of several processes (`lrqat.ranks`) one file each
 RUN/start.safetensors   the weights behind a rotation, AWQ or GPTQ
 RUN/blocks/             layers that Block-AP has finished
 RUN/checkpoints/        what is trained, and optimizer state
@@ -33,6 +33,7 @@ from lrqat.console import device, log, peak_memory_gb
 from lrqat.continuing import FusedBase
 from lrqat.data import blocks, draw
 from lrqat.errors import LrqatError
+from lrqat.experts import QuantExperts
 from lrqat.fused import FusedCheckpoint, is_fused, read_json, write_json
 from lrqat.jsonfile import read_metrics
 from lrqat.layers import fuse_model
@@ -40,6 +41,7 @@ from lrqat.losses import body_and_head, head_of
 from lrqat.models import Base, locate
 from lrqat.plan import Plan, plan
 from lrqat.provenance import provenance
+from lrqat.ranks import agree, copy_first, first, join, leave, own, passes, rank, see, share, together
 from lrqat.rounding import Rounding
 from lrqat.safestream import tensor_bytes
 from lrqat.settings import TrainSettings
@@ -53,13 +55,22 @@ class Interrupted(Exception):
 
 
 def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
-    """Run a whole training; returns what summary.json holds.
+    """Run a whole training, in each of the processes that share it; returns what summary.json holds.
 
     Raises:
         LrqatError: bad input, before any long work.
         Interrupted: stopped by Ctrl-C with a checkpoint written.
     """
+    join()
+    summary = run(settings, resume)
+    leave()
+    return summary
+
+
+def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
+    """`train` of one process among its like."""
     started = time.monotonic()
+    passes(settings.gradient_accumulation)  # refused before anything is read
     out = Path(settings.out)
     if (out / "run.json").exists() and not resume:
         raise LrqatError(f"{out}: holds a run already; go on with --resume, or name another --out")
@@ -74,6 +85,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     seen_NT = draw(text_NT, settings.blocks_needed, settings.seed)
     blocks_NT, calibration_NT = seen_NT[: settings.blocks_trained], seen_NT[: settings.calibration_blocks or 0]
     fingerprint = make_fingerprint(base, seen_NT, settings)
+    agree(fingerprint)
     if resume:
         check_fingerprint(out / "run.json", fingerprint)
         if (out / "summary.json").is_file() and (out / "fused" / "fused.json").is_file():
@@ -81,7 +93,9 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
             return read_json(out / "summary.json")
     log(f"{settings.model}: {decided}")
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
-    teacher = out / "teacher.npy" if settings.loss == "kd" else None
+    mine, order = share(len(blocks_NT), settings.blocks_trained, settings.batch_size).unique(return_inverse=True)
+    blocks_NT = blocks_NT[mine]
+    teacher = out / own("teacher.npy") if settings.loss == "kd" else None
     key = f"{fingerprint['base_sha256']} {fingerprint['data_sha256']} {settings.dtype}"
     head_VH = None
     if teacher and settings.teacher:  # before the student is loaded: never two models at a time
@@ -101,31 +115,45 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
     own_VH = model.get_output_embeddings().weight
     teacher_VH = None if head_VH is None or own_VH.data_ptr() == head_VH.data_ptr() else head_VH
     del head, head_VH, own_VH
-    marks_NT = None if answers_NT is None else draw(answers_NT, settings.blocks_trained, settings.seed)
-    trainer = make_trainer(model, Blocks(blocks_NT, teacher, dtype, marks_NT), settings, out, teacher_VH)
+    marks_NT = None if answers_NT is None else draw(answers_NT, settings.blocks_trained, settings.seed)[mine]
+    trainer = make_trainer(model, Blocks(blocks_NT, teacher, dtype, marks_NT, order), settings, out, teacher_VH)
     stop = StopOnSignal()
     trainer.add_callback(stop)
     checkpoint = last_checkpoint(out / "checkpoints") if resume else None
     training_started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with together():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped and trainer.state.global_step < settings.steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; go on with --resume")
+    if rank() == 0:
+        finish(model, base, decided, settings, fingerprint, started, training_started)
+    see(out / "summary.json")
+    return read_json(out / "summary.json")
 
+
+def finish(
+    model: Any,
+    base: Base | FusedBase,
+    decided: Plan,
+    settings: TrainSettings,
+    fingerprint: dict[str, Any],
+    started: float,
+    training_started: float,
+) -> None:
+    """Fuse the trained model, write what there is to say about the run, remove what it no longer needs."""
+    out = Path(settings.out)
     changed = statistics(model)
-    before: dict[str, Any] = {"continues": fused.checkpoint.provenance} if fused else {}
+    before: dict[str, Any] = {"continues": base.checkpoint.provenance} if isinstance(base, FusedBase) else {}
     told = provenance(settings.method, skipped=decided.skipped, **fingerprint, **before)
     checkpoint_out = fuse_model(model, base.config, base.assets, told)
     log(f"writing {out / 'fused'}")
     checkpoint_out.save(out / "fused")
     write_json(out / "layers.json", changed)
     moved = moved_share(changed["weights"])
-    summary = write_summary(
-        out, checkpoint_out, settings, moved, training_started - started, time.monotonic() - started
-    )
-    for left in ("teacher.npy", "teacher.json", "start.safetensors"):
-        (out / left).unlink(missing_ok=True)
+    write_summary(out, checkpoint_out, settings, moved, training_started - started, time.monotonic() - started)
+    for left in (*out.glob("teacher*.npy"), *out.glob("teacher*.json"), out / "start.safetensors"):
+        left.unlink(missing_ok=True)
     shutil.rmtree(out / "blocks", ignore_errors=True)
-    return summary
 
 
 def training_text(settings: TrainSettings, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
@@ -151,19 +179,23 @@ def make_quantized(
     if by_blocks:  # GPTQ works on each layer when its turn comes
         beginning = dataclasses.replace(beginning, method="awq" if "awq" in beginning.steps else "rtn")
     path = out / "start.safetensors"
-    parts = prepare_once(model, decided, beginning, calibration_NT, settings.range_p, path, key)
+    with first():
+        parts = prepare_once(model, decided, beginning, calibration_NT, settings.range_p, path, key)
     if fused:
         swap_for_training(model, decided, settings, fused.parts(model.device), fused.exactly)
     elif by_blocks:
-        train_blocks(model, decided, settings, calibration_NT, out / "blocks", key)
+        with first():
+            train_blocks(model, decided, settings, calibration_NT, out / "blocks", key)
     else:
         swap_for_training(model, decided, settings, parts)
 
 
 def open_run(out: Path, fingerprint: dict[str, Any]) -> None:
     """The run's folder, and in it what `--resume` must find unchanged."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "run.json", fingerprint)
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "run.json", fingerprint)
+    see(out / "run.json")
 
 
 def make_fingerprint(base: Base | FusedBase, blocks_NT: Tensor, settings: TrainSettings) -> dict[str, Any]:
@@ -203,6 +235,7 @@ def make_trainer(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss_model = LossModel(model, teacher_VH)
+    copy_first(loss_model)
     trained = loss_model.trained()
     groups = [
         {"params": [p for n, p in trained.items() if ".gains." not in n], "lr": settings.lr or 0.0},
@@ -214,7 +247,7 @@ def make_trainer(
         output_dir=str(out / "checkpoints"),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_accumulation_steps=passes(settings.gradient_accumulation),
         max_grad_norm=1.0,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -222,8 +255,9 @@ def make_trainer(
         save_total_limit=2,
         seed=settings.seed,
         remove_unused_columns=False,
-        train_sampling_strategy="sequential",
+        ddp_find_unused_parameters=any(isinstance(m, QuantExperts) for m in model.modules()),  # no token, no gradient
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),  # else Trainer sees one process where several share a CPU
         report_to=[],
         disable_tqdm=True,
     )
@@ -243,8 +277,8 @@ def make_trainer(
 
 def write_summary(
     out: Path, fused: FusedCheckpoint, settings: TrainSettings, moved: float, prepare: float, total: float
-) -> dict[str, Any]:
-    """Write loss.png and summary.json; returns what the latter holds."""
+) -> None:
+    """Write loss.png and summary.json."""
     metrics = read_metrics(out / "metrics.jsonl")
     plot_loss(metrics, settings, out / "loss.png")
     tail = [row["loss"] for row in metrics[-max(1, len(metrics) // 10) :]]
@@ -265,7 +299,6 @@ def write_summary(
         "fused": str(out / "fused"),
     }
     write_json(out / "summary.json", summary)
-    return summary
 
 
 def plot_loss(metrics: list[dict[str, Any]], settings: TrainSettings, path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrqat.console import log, peak_memory_gb
@@ -27,6 +28,7 @@ from lrqat.errors import LrqatError
 from lrqat.fused import read_json
 from lrqat.jsonfile import read_metrics
 from lrqat.losses import head_loss, head_of
+from lrqat.ranks import agreed
 
 
 class LossModel(nn.Module):
@@ -71,6 +73,12 @@ class LossModel(nn.Module):
 class LowRankTrainer(Trainer):
     """Trainer whose checkpoints hold what training changed, in safetensors and JSON."""
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The data set in its order: it is this process's own (`lrqat.ranks.share`), not to be dealt out again."""
+        return DataLoader(
+            self.train_dataset, self.args.per_device_train_batch_size, pin_memory=self.args.dataloader_pin_memory
+        )
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +93,8 @@ class LowRankTrainer(Trainer):
                 parameter.copy_(saved[name])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            return
         optimizer = self.optimizer.state_dict()
         tensors = {f"{i}.{k}": v for i, state in optimizer["state"].items() for k, v in state.items()}
         tensors["rng"] = torch.random.get_rng_state()
@@ -167,6 +177,8 @@ class Metrics(TrainerCallback):
 
         self.started = time.monotonic()
         self.first_step = state.global_step
+        if not state.is_world_process_zero:
+            return
         kept = read_metrics(self.path) if state.global_step else []
         with open(self.path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept if row["step"] <= state.global_step)
@@ -188,6 +200,8 @@ class Metrics(TrainerCallback):
             raise LrqatError(f"step {state.global_step}: the loss is {logs['loss']}; lower --lr or --lr-scales")
         if not math.isfinite(logs.get("grad_norm") or 0.0):
             raise LrqatError(f"step {state.global_step}: the gradient is not finite; lower --lr or --lr-scales")
+        if not state.is_world_process_zero:
+            return
         elapsed = time.monotonic() - self.started
         done = state.global_step - self.first_step
         self.row = row = {
@@ -217,10 +231,13 @@ class Metrics(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; a second one stops at once."""
+    """Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; a second one stops at once.
+
+    Of several processes all stop behind the same step, whichever of them got the signal.
+    """
 
     def __init__(self) -> None:
-        self.stopped = False
+        self.asked = self.stopped = False
         self.previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -229,13 +246,14 @@ class StopOnSignal(TrainerCallback):
             self.previous[number] = signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped:
+        if self.asked:
             raise KeyboardInterrupt
-        self.stopped = True
+        self.asked = True
         log("stopping after this step; once more to stop at once")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask Trainer for a checkpoint and the end."""
+        self.stopped = agreed(self.asked)
         if self.stopped:
             control.should_save = control.should_training_stop = True
 
