@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lrqat.shards import is_sharded
 from lrqat.statistics import moved_codes
 from lrqat.trainer import Metrics
 
@@ -53,7 +54,7 @@ class Board(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any
     ) -> None:
         """The share of moved codes: one pass over the weights, so only as often as checkpoints."""
-        if self.writer is not None:
+        if self.writer is not None and not any(is_sharded(p) for p in model.parameters()):
             self.writer.add_scalar("codes/moved", moved_codes(model), state.global_step)
             self.writer.flush()
 

@@ -221,6 +221,9 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="torch.compile the rounding and its gradient: less time, needs a compiler",
     )
+    p.add_argument(
+        "--shard", action="store_true", help="with several processes: each holds its part of the frozen weights"
+    )
     p.add_argument("--seed", type=int, help=f"({DEFAULTS['seed']})")
     p.add_argument(
         "--save-every", type=int, metavar="STEPS", help=f"steps between checkpoints ({DEFAULTS['save_every']})"

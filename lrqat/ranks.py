@@ -63,7 +63,7 @@ def join() -> None:
     """
     for engine in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
-            raise LrqatError(f"accelerate: is configured for {engine}; launch with --multi_gpu")
+            raise LrqatError(f"accelerate: is configured for {engine}; launch with --multi_gpu, and train with --shard")
     if "LOCAL_RANK" in os.environ:
         import torch
         from accelerate import PartialState

@@ -113,6 +113,7 @@ class TrainSettings:
     dtype: str = "bfloat16"
     gradient_checkpointing: bool = False
     compile: bool = False
+    shard: bool = False
     seed: int = 0
     save_every: int = 50
 

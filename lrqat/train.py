@@ -45,6 +45,7 @@ from lrqat.ranks import agree, copy_first, first, join, leave, own, passes, rank
 from lrqat.rounding import Rounding
 from lrqat.safestream import tensor_bytes
 from lrqat.settings import TrainSettings
+from lrqat.shards import Shards, check_shards, unshard
 from lrqat.statistics import moved_share, statistics
 from lrqat.teacher import Blocks, cache_named, cache_teacher
 from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint
@@ -78,6 +79,8 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     settings = fused.settings(settings) if fused else settings
     base = fused or locate(settings.model)
     skeleton = base.skeleton()
+    if settings.shard:
+        check_shards(skeleton)
     untie(skeleton, settings.beginning)
     decided = fused.plan(skeleton, settings.rank) if fused else plan(skeleton, settings.assignment, settings.rank)
     dtype = getattr(torch, settings.dtype)
@@ -125,6 +128,8 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped and trainer.state.global_step < settings.steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; go on with --resume")
+    if settings.shard:
+        unshard(trainer.model)
     if rank() == 0:
         finish(model, base, decided, settings, fingerprint, started, training_started)
     see(out / "summary.json")
@@ -203,6 +208,7 @@ def make_fingerprint(base: Base | FusedBase, blocks_NT: Tensor, settings: TrainS
     chosen = settings.to_dict()
     chosen.pop("out")
     chosen.pop("save_every")
+    chosen.pop("shard")
     return {
         "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()},
         "base_sha256": base.sha256(),
@@ -270,6 +276,8 @@ def make_trainer(
     tokens = settings.batch_size * settings.gradient_accumulation * settings.seq_len
     metrics = Metrics(out / "metrics.jsonl", tokens)
     trainer.add_callback(metrics)
+    if settings.shard:
+        trainer.add_callback(Shards(loss_model))
     if board_is_there():
         trainer.add_callback(Board(out / "tensorboard", metrics))
     return trainer

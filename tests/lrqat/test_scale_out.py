@@ -106,11 +106,12 @@ def figures(run: Path) -> list[tuple[float, float, float, int]]:
     return [(row["loss"], row["grad_norm"], row["lr"], row["tokens"]) for row in read_metrics(run / "metrics.jsonl")]
 
 
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["whole", "shard"])
 def test_two_processes_end_with_the_codes_of_one(
-    alone: Path, command: Command, forkserver: Any, tmp_path: Path
+    alone: Path, command: Command, forkserver: Any, tmp_path: Path, shard: list[str]
 ) -> None:
     out = tmp_path / "run"
-    statuses, logs = train(forkserver, tmp_path, *[command(out)] * 2)
+    statuses, logs = train(forkserver, tmp_path, *[command(out, *shard)] * 2)
     assert statuses == [0, 0], logs
     assert codes(out) == codes(alone) and len(codes(out)) == 14
     assert figures(out) == figures(alone) and len(figures(out)) == STEPS
@@ -131,12 +132,14 @@ def test_two_processes_end_with_the_codes_of_one(
         ["--loss", "ce", "--gradient-checkpointing", "--dtype", "float32"],
         ["--seq-len", "500"],  # text for fewer blocks than the steps see
         ["--rotate", "1", "--untie-head", "--override", "lm_head=q8_0"],
+        ["--shard", "--method", "scales"],
+        ["--shard", "--downcast", "int", "--gradient-checkpointing", "--override", "down_proj=dense"],
     ],
-    ids=lambda flags: "rotated" if flags[0] == "--rotate" else flags[1],
+    ids=lambda flags: "rotated" if flags[0] == "--rotate" else flags[2] if flags[0] == "--shard" else flags[1],
 )
 def test_so_they_do_whatever_is_trained(command: Command, forkserver: Any, tmp_path: Path, flags: list[str]) -> None:
     one, two, words = tmp_path / "one", tmp_path / "two", [*flags, "--steps", "3"]
-    assert main(command(one, *TOGETHER, *words)) == 0
+    assert main(command(one, *TOGETHER, *[word for word in words if word != "--shard"])) == 0
     statuses, logs = train(forkserver, tmp_path, command(two, *words), command(two, *words))
     assert statuses == [0, 0], logs
     assert codes(two) == codes(one) and figures(two) == figures(one)
@@ -144,8 +147,9 @@ def test_so_they_do_whatever_is_trained(command: Command, forkserver: Any, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["whole", "shard"])
 def test_experts_that_no_token_of_a_process_reaches_hold_nobody_up(
-    text: Path, tiny_tokenizer: Any, forkserver: Any, tmp_path: Path
+    text: Path, tiny_tokenizer: Any, forkserver: Any, tmp_path: Path, shard: list[str]
 ) -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -159,7 +163,7 @@ def test_experts_that_no_token_of_a_process_reaches_hold_nobody_up(
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     words = ["train", str(tmp_path / "model"), "--data", str(text), *SMALL, "--seq-len", "6", "--batch-size", "1"]
     assert main([*words, "--out", str(tmp_path / "one"), *TOGETHER]) == 0
-    two = [*words, "--out", str(tmp_path / "two")]
+    two = [*words, "--out", str(tmp_path / "two"), *shard]
     statuses, logs = train(forkserver, tmp_path, two, two)
     assert statuses == [0, 0], logs
     assert codes(tmp_path / "two") == codes(tmp_path / "one")
@@ -234,6 +238,77 @@ def test_passes_that_cannot_be_shared_are_one_line(command: Command, forkserver:
         "use --gradient-accumulation 4"
     ]
     assert logs[1].startswith("error: process 1: ")  # late: a launcher would have ended it by now
+
+
+def look_at_shards(given: tuple[str, str]) -> int:
+    """Train a step of a sharded model; write how many bytes of Phi0 lie in this process, and of how many layers all."""
+    import gc
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    from lrqat.layers import quantizers
+    from lrqat.models import locate
+    from lrqat.plan import plan
+    from lrqat.ranks import copy_first, join, leave
+    from lrqat.settings import TrainSettings
+    from lrqat.shards import is_sharded, shard
+    from lrqat.train import swap_for_training
+    from lrqat.trainer import LossModel
+
+    source, report = given
+    join()
+    settings = TrainSettings(model=source, out="unused", rank=4, loss="ce")
+    model = locate(source).model(torch.bfloat16)
+    swap_for_training(model, plan(model, settings.assignment), settings)
+    loss_model = LossModel(model)
+    copy_first(loss_model)
+    wrapped = DistributedDataParallel(loss_model)
+    shard(loss_model)
+
+    def whole() -> int:
+        return sum(not is_sharded(layer.self_attn.q_proj.quantizer.phi) for layer in model.model.layers)
+
+    def held() -> int:
+        gc.collect()
+        found = [tensor for tensor in gc.get_objects() if type(tensor) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if t.dtype == torch.int8
+        }
+        return sum(storages.values())
+
+    seen = {"in use": [], "between": [whole()], "bytes": [held()]}
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: seen["in use"].append(whole()))
+        layer.mlp.down_proj.register_full_backward_pre_hook(lambda *_: seen["in use"].append(whole()))
+    loss = wrapped(torch.arange(64).view(2, 32))["loss"]
+    seen["between"].append(whole())
+    seen["bytes"].append(held())
+    loss.backward()
+    seen["between"].append(whole())
+    seen["bytes"].append(held())
+    seen["all"] = [sum(q.shape[0] * q.shape[1] for q in quantizers(model).values())]
+    Path(report).write_text(json.dumps(seen))
+    leave()
+    return 0
+
+
+def test_with_shards_each_process_holds_its_part_and_the_layer_in_use(
+    tiny_model_dir: Path, forkserver: Any, tmp_path: Path
+) -> None:
+    given = [(str(tiny_model_dir), str(tmp_path / f"report{rank}")) for rank in range(2)]
+    statuses, logs = train(forkserver, tmp_path, *given, body=look_at_shards)
+    assert statuses == [0, 0], logs
+    for _, report in given:
+        seen = json.loads(Path(report).read_text())
+        assert len(seen["in use"]) == 4 and all(1 <= layers <= 2 for layers in seen["in use"])
+        assert seen["between"] == [0, 0, 0]
+        assert seen["bytes"] == [seen["all"][0] // 2] * 3
+
+
+def test_shards_need_several_processes(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tmp_path / "run", "--shard")) == 2
+    assert "error: shard: one process has nobody to share with" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
