@@ -3,7 +3,8 @@
     pretrained -> rotate -> fold AWQ's scales -> GPTQ -> quantizers of the method, Block-AP
 
 What is done before the quantizers changes the model's weights (`Beginning`, `prepare`); GPTQ gives the grids' parts
-along. A run keeps the result in one safetensors file, so that it is resumed from the very same weights:
+along. A run keeps the result in one safetensors file, so that it is resumed from the very same weights; on the CPU
+the model then reads them from there, and its private copies of them are let go:
 
     NAME            every dense parameter, by its checkpoint name
     NAME#PART       parts of the grid that GPTQ found for a weight
@@ -34,12 +35,13 @@ from lrqat.methods.lr_qat import LRQAT
 from lrqat.methods.lsq import LSQ
 from lrqat.methods.rounded import Rounded
 from lrqat.methods.scales import Scales
+from lrqat.pages import give_back, in_file
 from lrqat.plan import Plan
 from lrqat.ranges import start
 from lrqat.rounding import Rounding
 from lrqat.safestream import Entry, write_file
 from lrqat.settings import Beginning, TrainSettings
-from lrqat.sites import TRAINED, Site, checkpoint_tensors
+from lrqat.sites import TRAINED, Site, origins
 from lrqat.starts.awq import awq_fold
 from lrqat.starts.codes import rounded
 from lrqat.starts.fold import LlamaLayer
@@ -98,20 +100,33 @@ def prepare_once(
     tensors |= {f"{name}#{part}": values for name, found in parts.items() for part, values in found.items()}
     entries = [Entry(n, t.dtype, tuple(t.shape), partial(tensors.__getitem__, n)) for n, t in tensors.items()]
     write_file(path, entries, {"format": "pt", "key": key})
-    return parts
+    with open_safetensors(path) as file:
+        return load_prepared(model, beginning, file)
 
 
 def load_prepared(model: Any, beginning: Beginning, file: Any) -> Found:
-    """Put a file's weights into the model; returns its parts."""
+    """Put a file's weights into the model, on the CPU as views of the file; returns its parts."""
     untie(model, beginning)
-    weights, parts = checkpoint_tensors(model), Found()
+    places, state, parts = origins(model), model.state_dict(keep_vars=True), Found()
     for name in list(file.keys()):
         weight, _, part = name.partition("#")
+        parameter = state[places[weight].parameter]
+        values = file.get_tensor(name)
         if part:
-            parts.setdefault(weight, {})[part] = file.get_tensor(name).to(weights[weight].device)
+            parts.setdefault(weight, {})[part] = values.to(parameter.device)
         else:
-            weights[name].copy_(file.get_tensor(name))
+            put(parameter, places[name].of(parameter.detach()), values)
     return parts
+
+
+def put(parameter: Tensor, own: Tensor, values: Tensor) -> None:
+    """Values from a mapped file in the place of a parameter's own; copied where they are not all of it."""
+    if own.device != values.device or own.shape != parameter.shape or own.dtype != values.dtype:
+        own.copy_(values)
+        return
+    if in_file(own):
+        give_back(own)  # its private copies, which the rest of the file would keep
+    parameter.data = values
 
 
 def maker(settings: TrainSettings, parts: Mapping[str, dict[str, Tensor]]) -> Make:

@@ -13,6 +13,7 @@ from lrqat.experts import QuantExperts
 from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
 from lrqat.grid import EvenGrid, Grid
 from lrqat.methods.base import WeightQuantizer
+from lrqat.pages import give_back, in_file
 from lrqat.plan import Plan
 from lrqat.sites import EXPERT, LINEAR, Site, checkpoint_tensors
 
@@ -37,7 +38,8 @@ def swap(model: nn.Module, plan: Plan, make: Make) -> None:
     """Put quantizers in the place of the planned weights, module by module, each freeing its weight; freeze the rest.
 
     A head or an embedding keeps its layer: its weight becomes the rounded one, in the model's dtype, and with it a
-    head that is tied to it. The quantizer lies beside it with the codes.
+    head that is tied to it. The quantizer lies beside it with the codes. Of a weight in a mapped file (`lrqat.pages`),
+    the pages are given back, so that no more than one is in memory, wherever a method keeps none of it.
 
     Args:
         model: a transformers causal language model.
@@ -60,10 +62,19 @@ def swap(model: nn.Module, plan: Plan, make: Make) -> None:
         if site.kind == EXPERT:
             model.set_submodule(path, split_experts(module, modules[path], plan, quantizer))
         elif site.kind == LINEAR:
-            model.set_submodule(path, QuantLinear(quantizer(site, module.weight.detach()), module.bias))
+            weight_OI = module.weight.detach()
+            made = quantizer(site, weight_OI)
+            model.set_submodule(path, QuantLinear(made, module.bias))
+            if in_file(weight_OI) and not any(same_memory(kept, weight_OI) for kept in made.buffers()):
+                give_back(weight_OI)
         else:
             module.quantizer = quantizer(site, module.weight.detach())
             module.weight.data = module.quantizer.weight(module.weight.dtype)
+
+
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are views of one storage."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def split_experts(

@@ -116,7 +116,7 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
             head_VH = head_VH.clone()  # the model's own is rotated in place
     make_quantized(model, decided, settings, calibration_NT, out, fingerprint, fused)
     own_VH = model.get_output_embeddings().weight
-    teacher_VH = None if head_VH is None or own_VH.data_ptr() == head_VH.data_ptr() else head_VH
+    teacher_VH = None if head_VH is None or torch.equal(own_VH, head_VH) else head_VH
     del head, head_VH, own_VH
     marks_NT = None if answers_NT is None else draw(answers_NT, settings.blocks_trained, settings.seed)[mine]
     trainer = make_trainer(model, Blocks(blocks_NT, teacher, dtype, marks_NT, order), settings, out, teacher_VH)
