@@ -35,6 +35,7 @@ from lrqat.methods.lr_qat import LRQAT
 from lrqat.methods.lsq import LSQ
 from lrqat.methods.rounded import Rounded
 from lrqat.methods.scales import Scales
+from lrqat.offload import FrozenFile, HostMemory
 from lrqat.pages import give_back, in_file
 from lrqat.plan import Plan
 from lrqat.ranges import start
@@ -175,14 +176,18 @@ def swap_for_training(
     settings: TrainSettings,
     parts: Mapping[str, dict[str, Tensor]] | None = None,
     exactly: Callable[[Make, str], Make] | None = None,
+    frozen: FrozenFile | HostMemory | None = None,
 ) -> None:
     """Put the method's quantizers in the place of the planned weights, and round what flows into them, if asked to.
 
     The head and the embeddings, where they are planned, are rounded and stay as they are. `exactly` makes quantizers
-    begin with given codes (`lrqat.continuing`).
+    begin with given codes (`lrqat.continuing`); `frozen` is where those live that never change (`lrqat.offload`).
     """
     make = maker(settings, {} if parts is None else parts)
-    swap(model, plan, exactly(make, settings.method) if exactly else make)
+    make = exactly(make, settings.method) if exactly else make
+    swap(model, plan, frozen.taking(make) if frozen else make)
+    if frozen:
+        frozen.finish(model)
     if settings.compile:
         compile_tiles(model)
     Rounding().but(settings.activations, settings.kv).apply(model)

@@ -23,6 +23,7 @@ from lrqat.settings import (
     LOSSES,
     METHODS,
     NONE,
+    OFFLOADS,
     STARTS,
     TRAIN_DTYPES,
     Beginning,
@@ -223,6 +224,12 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument(
         "--shard", action="store_true", help="with several processes: each holds its part of the frozen weights"
+    )
+    p.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        help="where frozen weights live: disk streams them layer by layer, for models larger than memory; cpu keeps a "
+        "GPU's in host memory (default: beside the rest)",
     )
     p.add_argument("--seed", type=int, help=f"({DEFAULTS['seed']})")
     p.add_argument(

@@ -12,6 +12,7 @@ from lrqat.console import bar, log
 from lrqat.experts import QuantExperts
 from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
 from lrqat.grid import EvenGrid, Grid
+from lrqat.memory import return_freed_memory
 from lrqat.methods.base import WeightQuantizer
 from lrqat.pages import give_back, in_file
 from lrqat.plan import Plan
@@ -70,6 +71,7 @@ def swap(model: nn.Module, plan: Plan, make: Make) -> None:
         else:
             module.quantizer = quantizer(site, module.weight.detach())
             module.weight.data = module.quantizer.weight(module.weight.dtype)
+        return_freed_memory()  # of the temporaries, which lie between the packed weights
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
@@ -140,6 +142,7 @@ def fuse_model(
         same = torch.equal(weight_OI, found[name].weight().cpu())
         if not (same and torch.equal(weight_OI.to(model.dtype), found[name].weight(model.dtype).cpu())):
             raise RuntimeError(f"{name}: the fused weight is not the weight of the training forward")
+        found[name].release()
         return fused
 
     dense = dense_tensors(model)

@@ -15,6 +15,12 @@ M_MMAP_THRESHOLD = -3
 ALWAYS = (1 << 31) - 1  # the largest int
 
 
+def return_freed_memory() -> None:
+    """What is free goes back to the kernel now, from between what is kept, too; where there is no glibc, nothing."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Tell glibc not to give memory back; elsewhere nothing."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):

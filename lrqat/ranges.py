@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,18 @@ def row_tiles(rows: int, columns: int, elements: int | None = None) -> list[slic
     """Slices of rows, each of about so many elements (TILE_WEIGHTS)."""
     step = max(1, (elements or TILE_WEIGHTS) // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def fill(rows: int, columns: int, make: Callable[[slice], Tensor]) -> Tensor:
+    """What `make` gives for each row tile of a weight [rows, columns], put together without a second copy."""
+    filled: Tensor | None = None
+    for tile in row_tiles(rows, columns):
+        values_KX = make(tile)
+        if filled is None:
+            filled = values_KX.new_empty(rows, *values_KX.shape[1:])
+        filled[tile] = values_KX
+    assert filled is not None
+    return filled
 
 
 def start(weight_OI: Tensor, grid: Grid, p: float | None, name: str = "weight") -> dict[str, Tensor]:

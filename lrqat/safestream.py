@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+ENTRY_BYTES = 200  # of a header for one tensor, beside its name: three numbers of 20 digits, a shape, punctuation
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,59 @@ def write_file(path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+class GrowingFile:
+    """A safetensors file for tensors that become known one by one; use it in a `with`, and `finish` it.
+
+    The header's place is left free and filled in last, padded with spaces as the format allows.
+
+    Args:
+        path: exists once `finish` has returned; what leaves the `with` before leaves nothing.
+        names: as many tensors as there may be, with names at least as long.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.room = sum(len(json.dumps(name)) + ENTRY_BYTES for name in names) + ENTRY_BYTES
+        self.room += -self.room % 8
+        self.header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self.offset = 0
+        self.file: Any = None
+
+    def __enter__(self) -> GrowingFile:
+        self.file = open(self.partial, "wb")
+        self.file.seek(8 + self.room)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        with suppress(OSError):
+            self.partial.unlink()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor now."""
+        if name in self.header:
+            raise ValueError(f"{self.path}: tensor {name} occurs twice")
+        self.header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self.offset, self.offset + tensor.nbytes],
+        }
+        self.file.write(tensor_bytes(tensor))
+        self.offset += tensor.nbytes
+
+    def finish(self) -> None:
+        """Write the header; the file gets its name."""
+        text = json.dumps(self.header, separators=(",", ":")).encode()
+        if len(text) > self.room:
+            raise ValueError(f"{self.path}: {len(self.header) - 1} tensors, more than were announced")
+        self.file.seek(0)
+        self.file.write(self.room.to_bytes(8, "little") + text + b" " * (self.room - len(text)))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.partial.replace(self.path)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -14,6 +14,7 @@ from lrqat.grid import Grid
 LOSSES = ("kd", "ce")
 DTYPES = ("bfloat16", "float16", "float32")
 TRAIN_DTYPES = ("bfloat16", "float32")  # float16 gradients underflow without loss scaling
+OFFLOADS = ("disk", "cpu")
 DOWNCASTS = ("fixed", "int", "bf16")
 STARTS = ("rtn", "gptq", "awq", "awq+gptq")
 ACTIVATIONS = {"8": (8, False), "4": (4, False), "int8": (8, True)}  # (bits, symmetric) of `lrqat.activations`
@@ -114,6 +115,7 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     compile: bool = False
     shard: bool = False
+    offload: str | None = None
     seed: int = 0
     save_every: int = 50
 
@@ -127,6 +129,8 @@ class TrainSettings:
             one_of("activations", self.activations, (NONE, *ACTIVATIONS))
         if self.kv is not None:
             one_of("kv", self.kv, (NONE, *KV))
+        if self.offload is not None:
+            one_of("offload", self.offload, OFFLOADS)
         if self.downcast is not None:
             one_of("downcast", self.downcast, DOWNCASTS)
         for name in ("steps", "batch_size", "gradient_accumulation", "rank", "save_every", "block_epochs"):
@@ -164,6 +168,8 @@ class TrainSettings:
     def _combine(self) -> None:
         """Refuse settings that are sound alone but not together."""
         _ = self.beginning
+        if self.shard and self.offload is not None:
+            raise LrqatError("shard: the frozen weights lie elsewhere already; leave it or --offload out")
         if self.answers_only and not self.data:
             raise LrqatError("answers_only: the default text is no conversation; name conversations with --data")
         if self.teacher is not None and self.loss != "kd":

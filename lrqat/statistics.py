@@ -66,6 +66,7 @@ def statistics(model: Any) -> dict[str, Any]:
         found = histograms.setdefault(grid, {})
         for key, counts in weight_histograms(quantizer).items():
             found[key] = found[key] + counts if key in found else counts
+        quantizer.release()
     return {
         "format": "lrqat-layers",
         "version": VERSION,
@@ -81,8 +82,12 @@ def trained(model: Any) -> dict[str, GainQuantizer]:
 
 def moved_codes(model: Any) -> float:
     """Share of the trained weights whose code differs from the start's, of a live model."""
-    found = trained(model).values()
-    return sum(q.moved() for q in found) / sum(q.shape[0] * q.shape[1] for q in found)
+    moved = total = 0
+    for quantizer in trained(model).values():
+        moved += quantizer.moved()
+        total += quantizer.shape[0] * quantizer.shape[1]
+        quantizer.release()
+    return moved / total
 
 
 def moved_share(weights: Mapping[str, Mapping[str, Any]]) -> float:

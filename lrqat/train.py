@@ -3,12 +3,13 @@
 RUN/run.json            settings, base hash, data hash: what `--resume` must find unchanged
 RUN/teacher.npy         the teacher's hidden states while training; of several processes (`lrqat.ranks`) one file each
 RUN/start.safetensors   the weights behind a rotation, AWQ or GPTQ
+RUN/frozen.safetensors  frozen weights, with --offload disk, while training
 RUN/blocks/             layers that Block-AP has finished
 RUN/checkpoints/        what is trained, and optimizer state
 RUN/metrics.jsonl, RUN/loss.png, RUN/summary.json
 RUN/layers.json         what training changed, per weight (`lrqat.statistics`)
 RUN/tensorboard/        the metrics once more, where tensorboard is installed
-RUN/fused/              the fused checkpoint; once it is there, teacher, start and blocks are removed
+RUN/fused/              the fused checkpoint; once it is there, teacher, start, frozen weights and blocks are removed
 
 The teacher is the pretrained model, before anything is done to its weights.
 """
@@ -39,6 +40,7 @@ from lrqat.jsonfile import read_metrics
 from lrqat.layers import fuse_model
 from lrqat.losses import body_and_head, head_of
 from lrqat.models import Base, locate
+from lrqat.offload import check_offload, offloaded
 from lrqat.plan import Plan, plan
 from lrqat.provenance import provenance
 from lrqat.ranks import agree, copy_first, first, join, leave, own, passes, rank, see, share, together
@@ -94,6 +96,7 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
         if (out / "summary.json").is_file() and (out / "fused" / "fused.json").is_file():
             log(f"{out}: complete already")
             return read_json(out / "summary.json")
+    check_offload(settings, decided, device())
     log(f"{settings.model}: {decided}")
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
     mine, order = share(len(blocks_NT), settings.blocks_trained, settings.batch_size).unique(return_inverse=True)
@@ -156,7 +159,7 @@ def finish(
     write_json(out / "layers.json", changed)
     moved = moved_share(changed["weights"])
     write_summary(out, checkpoint_out, settings, moved, training_started - started, time.monotonic() - started)
-    for left in (*out.glob("teacher*.npy"), *out.glob("teacher*.json"), out / "start.safetensors"):
+    for left in (*out.glob("teacher*.npy"), *out.glob("teacher*.json"), *out.glob("frozen*.safetensors"), out / "start.safetensors"):
         left.unlink(missing_ok=True)
     shutil.rmtree(out / "blocks", ignore_errors=True)
 
@@ -186,13 +189,16 @@ def make_quantized(
     path = out / "start.safetensors"
     with first():
         parts = prepare_once(model, decided, beginning, calibration_NT, settings.range_p, path, key)
-    if fused:
-        swap_for_training(model, decided, settings, fused.parts(model.device), fused.exactly)
-    elif by_blocks:
-        with first():
-            train_blocks(model, decided, settings, calibration_NT, out / "blocks", key)
-    else:
-        swap_for_training(model, decided, settings, parts)
+    with offloaded(settings.offload, out / own("frozen.safetensors"), decided) as frozen:
+        if fused:
+            swap_for_training(model, decided, settings, fused.parts(model.device), fused.exactly, frozen)
+        elif by_blocks:
+            with first():
+                train_blocks(model, decided, settings, calibration_NT, out / "blocks", key)
+            if frozen:
+                frozen.finish(model)
+        else:
+            swap_for_training(model, decided, settings, parts, frozen=frozen)
 
 
 def open_run(out: Path, fingerprint: dict[str, Any]) -> None:
@@ -209,6 +215,7 @@ def make_fingerprint(base: Base | FusedBase, blocks_NT: Tensor, settings: TrainS
     chosen.pop("out")
     chosen.pop("save_every")
     chosen.pop("shard")
+    chosen.pop("offload")
     return {
         "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()},
         "base_sha256": base.sha256(),

@@ -26,6 +26,7 @@ from lrqat.fused import FusedTensor
 from lrqat.grid import Affine, Grid
 from lrqat.methods.factored import clipped_slopes, scale_slopes
 from lrqat.methods.tiles import Kernels, Pieces, Slopes, by_group, kernels
+from lrqat.pages import give_back
 from lrqat.ranges import row_tiles
 
 
@@ -39,11 +40,15 @@ class WeightQuantizer(nn.Module):
         compiled: `latent_of` and `slopes` run through torch.compile.
         factored: dL/ds and dL/dm are those under frozen levels, and `absorb_product` gives the rest: with one s a row,
             dL/dW is not formed.
+        immutable: names of the tensors of the weight's size that never change (`stored` reads them).
+        mapped: they lie in a mapped file (`lrqat.offload`).
     """
 
     name = "weight"
     compiled = False
     factored = False
+    immutable: tuple[str, ...] = ()
+    mapped = False
 
     def __init__(self, grid: Grid, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -64,6 +69,16 @@ class WeightQuantizer(nn.Module):
         """Gradients of a row tile from dL/dW^, float32 [rows, I]; by default those of s and m under frozen levels."""
         scale_KG = by_group(grad_KI * levels_KI, grid).sum(2)
         return Slopes(None, scale_KG, None if affine.offset_OG is None else by_group(grad_KI, grid).sum(2))
+
+    def stored(self, name: str, rows: slice, device: torch.device) -> Tensor:
+        """Rows of a frozen tensor, wherever it lies, on the device of the rest."""
+        tensor: Tensor = getattr(self, name)
+        return tensor[rows].to(device, non_blocking=True)
+
+    def release(self) -> None:
+        """Let go of the memory that frozen tensors in a mapped file take up; it is read again when it is needed."""
+        for name in self.immutable if self.mapped else ():
+            give_back(getattr(self, name))
 
     def parts(self) -> dict[str, Tensor]:
         """The grid's parts, float32 with the exact values of the wire; differentiable."""

@@ -36,6 +36,7 @@ class L4Q(WeightDomain):
     """
 
     frozen_OI: Tensor
+    immutable = ("frozen_OI",)
 
     def __init__(
         self,
@@ -61,13 +62,13 @@ class L4Q(WeightDomain):
 
     def pieces(self, rows: slice) -> Pieces:
         """W = W0 + (alpha/r) B A."""
-        frozen_KI = self.frozen_OI[rows].float()
+        frozen_KI = self.stored("frozen_OI", rows, self.b_OR.device).float()
         return (frozen_KI.addmm(self.b_OR[rows].detach(), self.a_RI.detach(), alpha=self.multiplier),)
 
     def started(self, rows: slice) -> Tensor:
         """nearest((W0 - m0) / s0)."""
         affine = self.grid.affine(dict(self.start.named_buffers()))
-        return self.grid.nearest(to_latent(self.frozen_OI[rows], affine.rows(rows)))
+        return self.grid.nearest(to_latent(self.stored("frozen_OI", rows, self.b_OR.device), affine.rows(rows)))
 
     def large(self) -> dict[str, nn.Parameter]:
         """A and B."""

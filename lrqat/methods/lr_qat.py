@@ -29,7 +29,7 @@ from lrqat.grid import Affine, Grid, Parts, to_latent
 from lrqat.methods.base import WeightQuantizer
 from lrqat.methods.gains import GainQuantizer
 from lrqat.methods.tiles import Pieces, Slopes, by_group, inside
-from lrqat.ranges import row_tiles
+from lrqat.ranges import fill
 from lrqat.settings import DOWNCASTS
 
 
@@ -49,6 +49,7 @@ class LRQAT(GainQuantizer):
 
     phi: Tensor
     factored = True
+    immutable = ("phi",)
 
     def __init__(
         self,
@@ -79,24 +80,24 @@ class LRQAT(GainQuantizer):
     def _store(self, weight_OI: Tensor, affine: Affine) -> Tensor:
         """phi((W0 - m0) / s0), tile by tile."""
         center, one = self.grid.fixed_point
-        tiles = []
-        for rows in row_tiles(*self.shape):
+
+        def store(rows: slice) -> Tensor:
             x_KI = to_latent(weight_OI[rows], affine.rows(rows)).clamp_(*self.grid.ends)
             levels_KI = self.grid.nearest(x_KI.clone())
             if self.downcast == "bf16":
-                tiles.append(x_KI.to(torch.bfloat16))
-            elif self.downcast == "fixed":
+                return x_KI.to(torch.bfloat16)
+            if self.downcast == "fixed":
                 fixed_KI = x_KI.sub_(center).mul_(one).round_().clamp_(-128, 127)
                 moved_KI = self.grid.nearest(fixed_KI / one + center) != levels_KI
                 back_KI = levels_KI.sub_(center).mul_(one).sub_(fixed_KI).sign_()
-                tiles.append(fixed_KI.add_(back_KI.mul_(moved_KI)).to(torch.int8))
-            else:
-                tiles.append(self._pack(self.grid.encode(levels_KI)))
-        return torch.cat(tiles)
+                return fixed_KI.add_(back_KI.mul_(moved_KI)).to(torch.int8)
+            return self._pack(self.grid.encode(levels_KI))
+
+        return fill(*self.shape, store)
 
     def pieces(self, rows: slice) -> Pieces:
         """(Phi0 as it is stored, (alpha/r) A B)."""
-        phi_KI = self.phi[rows]
+        phi_KI = self.stored("phi", rows, self.a_OR.device)
         if self.downcast == "int":
             phi_KI = self._unpack(phi_KI)
         return phi_KI, torch.mm(self.a_OR[rows].detach() * self.multiplier, self.b_RI.detach())

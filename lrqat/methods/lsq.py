@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lrqat.grid import Grid, Parts
 from lrqat.methods.gains import WeightDomain
 from lrqat.methods.tiles import Pieces
+from lrqat.ranges import fill
 
 
 class LSQ(WeightDomain):
@@ -32,6 +33,7 @@ class LSQ(WeightDomain):
     """
 
     begun: Tensor
+    immutable = ("begun",)
 
     def __init__(
         self, weight_OI: Tensor, start: Parts, grid: Grid, *, learn_scales: bool, dtype: torch.dtype = torch.float32
@@ -39,8 +41,8 @@ class LSQ(WeightDomain):
         super().__init__(grid, (weight_OI.shape[0], weight_OI.shape[1]), start, learn_scales)
         self.weight_OI = nn.Parameter(weight_OI.detach().to(dtype, copy=True))
         affine = grid.affine(start)
-        begun = [self._pack(grid.encode(self.levels(rows, affine))) for rows in self.tiles()]
-        self.register_buffer("begun", torch.cat(begun), persistent=False)
+        begun = fill(*self.shape, lambda rows: self._pack(grid.encode(self.levels(rows, affine))))
+        self.register_buffer("begun", begun, persistent=False)
 
     def pieces(self, rows: slice) -> Pieces:
         """W."""
@@ -48,7 +50,7 @@ class LSQ(WeightDomain):
 
     def started(self, rows: slice) -> Tensor:
         """The levels of W as it was given."""
-        return self.grid.decode(self._unpack(self.begun[rows]))
+        return self.grid.decode(self._unpack(self.stored("begun", rows, self.weight_OI.device)))
 
     def large(self) -> dict[str, nn.Parameter]:
         """W."""

@@ -15,10 +15,12 @@ class Rounded(WeightQuantizer):
     """A fused weight in the model, one byte a code."""
 
     codes_OI: Tensor
+    immutable = ("codes_OI",)
 
     def __init__(self, fused: FusedTensor, device: torch.device) -> None:
         rows, columns = fused.codes_OI.shape
         super().__init__(fused.grid, (rows, columns))
+        self.device = device
         self.register_buffer("codes_OI", fused.codes_OI.to(device), persistent=False)
         self.wire = nn.Module()
         for name, part in fused.parts.items():
@@ -26,7 +28,7 @@ class Rounded(WeightQuantizer):
 
     def pieces(self, rows: slice) -> Pieces:
         """The codes."""
-        return (self.codes_OI[rows],)
+        return (self.stored("codes_OI", rows, self.device),)
 
     @staticmethod
     def latent_of(grid: Grid, pieces: Pieces, affine: Affine) -> Tensor:

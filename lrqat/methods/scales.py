@@ -17,7 +17,7 @@ from lrqat.fused import FusedTensor
 from lrqat.grid import Affine, Grid, Parts, to_latent
 from lrqat.methods.gains import GainQuantizer
 from lrqat.methods.tiles import Pieces
-from lrqat.ranges import row_tiles
+from lrqat.ranges import fill
 
 
 class Scales(GainQuantizer):
@@ -31,16 +31,17 @@ class Scales(GainQuantizer):
 
     factored = True
     codes: Tensor
+    immutable = ("codes",)
     moved_before: Tensor  # by what was trained before these codes were frozen
 
     def __init__(self, weight_OI: Tensor, start: Parts, grid: Grid) -> None:
         super().__init__(grid, (weight_OI.shape[0], weight_OI.shape[1]), start, learn=True)
         affine = grid.affine(start)
-        tiles = []
-        for rows in row_tiles(*self.shape):
-            levels_KI = grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))
-            tiles.append(self._pack(grid.encode(levels_KI)))
-        self.register_buffer("codes", torch.cat(tiles), persistent=False)
+
+        def codes(rows: slice) -> Tensor:
+            return self._pack(grid.encode(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))))
+
+        self.register_buffer("codes", fill(*self.shape, codes), persistent=False)
         self.register_buffer("moved_before", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @classmethod
@@ -54,7 +55,7 @@ class Scales(GainQuantizer):
 
     def pieces(self, rows: slice) -> Pieces:
         """The codes."""
-        return (self._unpack(self.codes[rows]),)
+        return (self._unpack(self.stored("codes", rows, self.moved_before.device)),)
 
     @staticmethod
     def latent_of(grid: Grid, pieces: Pieces, affine: Affine) -> Tensor:
@@ -63,7 +64,7 @@ class Scales(GainQuantizer):
 
     def started(self, rows: slice) -> Tensor:
         """The levels: they never move here."""
-        return self.grid.decode(self._unpack(self.codes[rows]))
+        return self.grid.decode(self.pieces(rows)[0])
 
     def moved(self) -> int:
         """Those that were moved before."""

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -72,31 +71,6 @@ print(json.dumps({
 }))
 """
 SLACK = 24 << 20  # bytes: threads' arenas, a tile's temporaries (2^18 float32 each), Python
-
-
-@pytest.fixture(scope="module")
-def large_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    """A random Llama of 150 million weights in bfloat16: 300 MB, of which a linear layer is 8."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=9,
-        num_attention_heads=8,
-        tie_word_embeddings=True,
-    )
-    directory = tmp_path_factory.mktemp("large_model")
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.uniform_(-0.05, 0.05)
-    model.tie_weights()
-    model.save_pretrained(directory)
-    tiny_tokenizer.save_pretrained(directory)
-    return directory
 
 
 def test_a_model_becomes_packed_weights_with_one_layer_in_anonymous_memory(large_model_dir: Path) -> None:
