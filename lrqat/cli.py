@@ -1,4 +1,4 @@
-"""The `lrqat` command: train, ptq, eval, zeroshot, report, export, import, formats."""
+"""The `lrqat` command: train, ptq, plan, eval, zeroshot, report, export, import, formats."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from exporters.commands import TARGETS_HELP, formats_flags, grid_for, import_fla
 from lrqat.command import common_flags, run, set_threads, show, with_recipe
 from lrqat.commands import KV_HELP, MODEL_HELP, eval_flags, zeroshot_flags
 from lrqat.errors import LrqatError
+from lrqat.planning import plan_flags
 from lrqat.ranks import count, rank
 from lrqat.report.command import report_flags
 from lrqat.settings import (
@@ -71,6 +72,14 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
     add_ptq(commands)
+    plan_parser = add_command(
+        commands,
+        "plan",
+        "will a training fit, by part, and how long is a step; from config and headers alone",
+        "lrqat plan meta-llama/Llama-2-7b-hf --grid w4 --downcast int --gradient-checkpointing --memory 24G",
+    )
+    grid_flags(plan_parser)
+    plan_flags(plan_parser)
     eval_flags(
         add_command(
             commands,

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lrqat.errors import LrqatError
 from lrqat.fused import open_safetensors
@@ -37,14 +38,15 @@ from lrqat.starts.walk import decoder_layers
 SPARE_BYTES = 1 << 30  # left on the disk for checkpoints and the fused model's beginnings
 
 
-def check_offload(settings: TrainSettings, plan: Plan, device: torch.device) -> None:
-    """Refuse what cannot be, before anything is loaded."""
+def check_offload(settings: TrainSettings, plan: Plan, skeleton: Any, device: torch.device) -> None:
+    """Refuse what cannot be, before anything is loaded; `skeleton` is the model without weights."""
     if settings.offload == "cpu" and device.type == "cpu":
         raise LrqatError(
             "offload cpu: there is no GPU, so the weights are in the CPU's memory anyway; use --offload disk, or leave "
             "it out"
         )
     if settings.offload == "disk":
+        decoder_layers(skeleton)  # refuses a model whose layers are not found
         out = Path(settings.out).absolute()
         there = next(path for path in (out, *out.parents) if path.exists())
         need, free = sum(frozen_bytes(settings, plan).values()) + SPARE_BYTES, shutil.disk_usage(there).free
@@ -164,16 +166,40 @@ def place(quantizer: WeightQuantizer, name: str, tensor: Tensor) -> None:
     setattr(quantizer, name, tensor)
 
 
-def stream(model: Any) -> None:
-    """From now on each decoder layer that is entered asks for the next one's pages, and the one left gives its back."""
+def stream(model: Any) -> list[RemovableHandle]:
+    """From now on each decoder layer that is entered asks for the next one's pages, and the one left gives its back.
+
+    Returns the handles by which that ends.
+    """
     _, layers = decoder_layers(model)
     inside = [frozen_in_files(layer) for layer in layers]
     held = {id(tensor) for tensors in inside for tensor in tensors}
     outside = [tensor for tensor in frozen_in_files(model) if id(tensor) not in held]
     walk = Pages(inside, outside)
+    handles = []
     for number, layer in enumerate(layers):
-        layer.register_forward_pre_hook(lambda _module, _arguments, number=number: walk.enter(number))
-        layer.register_forward_hook(lambda _module, _arguments, output, number=number: walk.follow(number, output))
+        handles += [
+            layer.register_forward_pre_hook(lambda _module, _arguments, number=number: walk.enter(number)),
+            layer.register_forward_hook(lambda _module, _arguments, output, number=number: walk.follow(number, output)),
+        ]
+    return handles
+
+
+@contextmanager
+def streamed(model: Any) -> Iterator[None]:
+    """`stream` for as long as the `with` lasts; a model whose layers are not found stays in memory.
+
+    Nothing may have been written to its weights: what is given back is read from the file again.
+    """
+    try:
+        handles = stream(model)
+    except LrqatError:
+        handles = []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def frozen_in_files(module: nn.Module) -> list[Tensor]:

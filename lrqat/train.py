@@ -40,7 +40,7 @@ from lrqat.jsonfile import read_metrics
 from lrqat.layers import fuse_model
 from lrqat.losses import body_and_head, head_of
 from lrqat.models import Base, locate
-from lrqat.offload import check_offload, offloaded
+from lrqat.offload import check_offload, offloaded, streamed
 from lrqat.plan import Plan, plan
 from lrqat.provenance import provenance
 from lrqat.ranks import agree, copy_first, first, join, leave, own, passes, rank, see, share, together
@@ -96,7 +96,7 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
         if (out / "summary.json").is_file() and (out / "fused" / "fused.json").is_file():
             log(f"{out}: complete already")
             return read_json(out / "summary.json")
-    check_offload(settings, decided, device())
+    check_offload(settings, decided, skeleton, device())
     log(f"{settings.model}: {decided}")
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
     mine, order = share(len(blocks_NT), settings.blocks_trained, settings.batch_size).unique(return_inverse=True)
@@ -113,7 +113,8 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     body, head = body_and_head(model)
     open_run(out, fingerprint)
     if teacher and head_VH is None:
-        cache_teacher(teacher, body, blocks_NT, head.weight_VH.shape[1], dtype, key)
+        with streamed(model):
+            cache_teacher(teacher, body, blocks_NT, head.weight_VH.shape[1], dtype, key)
         head_VH = head.weight_VH.detach()
         if settings.rotate is not None:
             head_VH = head_VH.clone()  # the model's own is rotated in place

@@ -81,12 +81,13 @@ def test_cpu_is_refused_without_a_gpu_and_a_full_disk_before_anything_is_loaded(
         assert main(words) == 2
         assert "there is no GPU" in capsys.readouterr().err and not out.exists()
     settings = TrainSettings(str(tiny_model_dir), str(tmp_path / "not" / "there"), offload="disk", rank=4)
-    decided = plan(locate(settings.model).skeleton(), settings.assignment, settings.rank)
-    check_offload(settings, decided, device())
+    skeleton = locate(settings.model).skeleton()
+    decided = plan(skeleton, settings.assignment, settings.rank)
+    check_offload(settings, decided, skeleton, device())
     decided.sites.update({name: site.__class__(name, site.kind, (1 << 24, 1 << 24), site.origin)
                           for name, site in decided.sites.items()})  # fmt: skip
     with pytest.raises(LrqatError, match=r"needs \d+\.\d GB there"):
-        check_offload(settings, decided, device())
+        check_offload(settings, decided, skeleton, device())
 
 
 @pytest.mark.parametrize("method", ["lrqat", "lsq", "l4q", "scales"])
