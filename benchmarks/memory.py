@@ -106,7 +106,7 @@ def fill_dense(model: Any, path: Path) -> None:
             end.weight = nn.Parameter(file.get_tensor(name), requires_grad=False)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
+            if parameter.is_meta and parameter.ndim == 1:
                 setattr(module, name, nn.Parameter(torch.ones(parameter.shape, dtype=torch.bfloat16), False))
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
 

@@ -8,7 +8,8 @@
                   (torch's fake tensors); with checkpointing, each layer's input and one layer's rest
     logits        chunks of the head's outputs, the student's and the teacher's
     transient     the largest weight, built for its matrix product, and the gradients around it
-    process       Python, torch, transformers and what malloc keeps, as measured on one machine; not on a GPU
+    malloc        freed memory between what is in use, a tenth of all the above (measured; not on a GPU)
+    process       Python, torch, transformers, the tokenizer, their libraries (measured; not on a GPU)
 
 The time is that of LR-QAT's linear layers, measured on this machine for one weight of the model, and of the head at the
 same rate: attention and norms come on top, as do other methods' differences. Everything else is arithmetic.
@@ -35,7 +36,8 @@ from lrqat.sites import EXPERT, TRAINED
 from lrqat.starts.walk import decoder_layers
 
 FLOAT = 4  # bytes of what is trained
-PROCESS = 500e6  # bytes; CPU build of torch 2.13, transformers 5.19
+PROCESS = 600e6  # bytes; CPU build of torch 2.13, transformers 5.19
+MALLOC = 0.1
 CHUNK_TOKENS, BUFFERS = 128, 3  # of `lrqat.losses`
 PROBED = (32, 160)  # tokens of the two timings
 PROBED_WEIGHTS = 1 << 21
@@ -86,7 +88,9 @@ def estimate(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool = Fal
         "logits": (2 if settings.loss == "kd" else 1) * chunk + 2 * tokens * hidden * dtype.itemsize,
         "transient": largest * dtype.itemsize + BUFFERS * tokens * widest * dtype.itemsize,
     }
-    return Estimate(parts if gpu else {**parts, "process": PROCESS})
+    if gpu:
+        return Estimate(parts)
+    return Estimate({**parts, "malloc": MALLOC * sum(parts.values()), "process": PROCESS})
 
 
 def available_bytes() -> float:

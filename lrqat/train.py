@@ -160,7 +160,12 @@ def finish(
     write_json(out / "layers.json", changed)
     moved = moved_share(changed["weights"])
     write_summary(out, checkpoint_out, settings, moved, training_started - started, time.monotonic() - started)
-    for left in (*out.glob("teacher*.npy"), *out.glob("teacher*.json"), *out.glob("frozen*.safetensors"), out / "start.safetensors"):
+    for left in (
+        *out.glob("teacher*.npy"),
+        *out.glob("teacher*.json"),
+        *out.glob("frozen*.safetensors"),
+        out / "start.safetensors",
+    ):
         left.unlink(missing_ok=True)
     shutil.rmtree(out / "blocks", ignore_errors=True)
 

@@ -28,6 +28,7 @@ from lrqat.errors import LrqatError
 from lrqat.fused import read_json
 from lrqat.jsonfile import read_metrics
 from lrqat.losses import head_loss, head_of
+from lrqat.pages import give_back, in_file
 from lrqat.ranks import agreed
 
 
@@ -45,8 +46,19 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = model
         self.register_buffer("teacher_VH", teacher_VH, persistent=False)
+        head_VH = head_of(model).weight_VH
+        self.mapped = [t for t in (head_VH, teacher_VH) if t is not None and not t.requires_grad and in_file(t)]
 
     def forward(
+        self, input_ids: Tensor, teacher: Tensor | None = None, answers: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The loss (`loss`); a head in a mapped file is needed for nothing else, and gives its pages back."""
+        found = self.loss(input_ids, teacher, answers)
+        for head_VH in self.mapped:
+            give_back(head_VH)
+        return found
+
+    def loss(
         self, input_ids: Tensor, teacher: Tensor | None = None, answers: Tensor | None = None
     ) -> dict[str, Tensor]:
         """KD against the teacher's final hidden states [B, T, H] if given, else next-token CE.

@@ -27,7 +27,7 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise LrqatError(f"{type(model).__name__}: no list of {count} decoder layers, as calibration, --shard and --offload need")
+    raise LrqatError(f"{type(model).__name__}: no list of {count} decoder layers, for calibration, --shard, --offload")
 
 
 class Walk:

@@ -81,9 +81,7 @@ def test_checkpointing_keeps_a_layers_input_and_offload_a_layers_weights(tiny_mo
     saved = estimate(skeleton, decided, less).parts
     assert saved["packed"] * 2 == whole["packed"]  # two layers
     assert saved["activations"] < 0.7 * whole["activations"]
-    assert {k: v for k, v in saved.items() if k not in ("packed", "activations")} == {
-        k: v for k, v in whole.items() if k not in ("packed", "activations")
-    }
+    assert all(saved[k] == whole[k] for k in whole.keys() - {"packed", "activations", "malloc"})
 
 
 def test_a_training_takes_the_memory_that_was_planned(
