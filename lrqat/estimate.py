@@ -5,7 +5,8 @@
     dense         embedding, head, norms and what the plan leaves as it is
     trained       A, B and gains, or weights, float32; as much again are gradients, and twice that Adam's moments
     activations   what autograd keeps from forward to backward, counted by running the model without data
-                  (torch's fake tensors); with checkpointing, each layer's input and one layer's rest
+                  (torch's fake tensors, for which transformers expands grouped keys and builds a mask: some
+                  percent too much there); with checkpointing, each layer's input and one layer's rest
     logits        chunks of the head's outputs, the student's and the teacher's
     transient     the largest weight, built for its matrix product, and the gradients around it
     malloc        freed memory between what is in use, a tenth of all the above (measured; not on a GPU)
@@ -161,13 +162,14 @@ def dense_bytes(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool) -
 
 
 class Keeping(torch.autograd.Function):
-    """A linear layer that keeps its input, as `lrqat.methods.base.QuantizedLinear`, and computes nothing."""
+    """A linear layer that keeps what `lrqat.methods.base.QuantizedLinear` keeps, and computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: int, keeps_output: bool) -> Tensor:
         """[..., I] -> [..., O]."""
-        ctx.save_for_backward(x)
-        return x.new_empty(*x.shape[:-1], columns)
+        output = x.new_empty(*x.shape[:-1], rows)
+        ctx.save_for_backward(x, output if keeps_output else None)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,13 +180,14 @@ class Keeping(torch.autograd.Function):
 class KeepingLinear(nn.Module):
     """In the place of a quantized linear layer."""
 
-    def __init__(self, columns: int) -> None:
+    def __init__(self, rows: int, keeps_output: bool) -> None:
         super().__init__()
-        self.columns = columns
+        self.rows = rows
+        self.keeps_output = keeps_output
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        output: Tensor = Keeping.apply(x, self.columns)
+        output: Tensor = Keeping.apply(x, self.rows, self.keeps_output)
         return output
 
 
@@ -203,7 +206,12 @@ def _kept(skeleton: Any, plan: Plan, settings: TrainSettings, layers: int) -> fl
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    kinds = {site.origin.parameter: site.kind for name, site in plan.sites.items() if name in plan.grids}
+    factored = settings.method == "lrqat" and settings.lr_scales > 0
+    keeps_output = {
+        site.origin.parameter: factored and grid.columns_per_group(site.shape[1]) == site.shape[1]
+        for name, grid in plan.grids.items()
+        if (site := plan.sites[name]).kind in TRAINED
+    }
     dtype = getattr(torch, settings.dtype)
     kept: dict[int, Tensor] = {}
 
@@ -214,8 +222,8 @@ def _kept(skeleton: Any, plan: Plan, settings: TrainSettings, layers: int) -> fl
     with FakeTensorMode():
         model = type(skeleton)._from_config(config, dtype=dtype).requires_grad_(False).eval()
         for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and kinds.get(f"{path}.weight") in TRAINED:
-                model.set_submodule(path, KeepingLinear(module.out_features))
+            if isinstance(module, nn.Linear) and f"{path}.weight" in keeps_output:
+                model.set_submodule(path, KeepingLinear(module.out_features, keeps_output[f"{path}.weight"]))
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         embedding = model.get_input_embeddings()
         ids_BT = torch.zeros(settings.batch_size, settings.seq_len, dtype=torch.int64)

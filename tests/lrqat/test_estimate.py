@@ -49,9 +49,10 @@ def test_what_lives_from_step_to_step_is_predicted_to_the_byte(tiny_model_dir: P
     assert predicted["dense"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
 
 
+@pytest.mark.parametrize("grid", ["w4g32", "w4"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_what_autograd_keeps_is_counted_without_data(tiny_model_dir: Path, dtype: str) -> None:
-    settings = TrainSettings(str(tiny_model_dir), "unused", range_p=None, dtype=dtype, seq_len=96, rank=4)
+def test_what_autograd_keeps_is_counted_without_data(tiny_model_dir: Path, dtype: str, grid: str) -> None:
+    settings = TrainSettings(str(tiny_model_dir), "unused", grid, range_p=None, dtype=dtype, seq_len=96, rank=4)
     base = locate(settings.model)
     skeleton = base.skeleton()
     decided = plan(skeleton, settings.assignment, settings.rank)
@@ -69,7 +70,8 @@ def test_what_autograd_keeps_is_counted_without_data(tiny_model_dir: Path, dtype
         states = model.base_model(torch.zeros(2, 96, dtype=torch.int64), use_cache=False).last_hidden_state
     assert states.requires_grad
     nbytes = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    assert abs(outside + 2 * layer - nbytes) < WITHIN * nbytes, (outside, layer, nbytes)
+    counted = outside + 2 * layer
+    assert 0.98 * nbytes < counted < 1.2 * nbytes, (counted, nbytes)  # above: grouped keys and a mask, see the module
 
 
 def test_checkpointing_keeps_a_layers_input_and_offload_a_layers_weights(tiny_model_dir: Path) -> None:
