@@ -37,7 +37,6 @@ from serve.compare import Comparison, Limits, disturbed, over_http, within
 from serve.parity import (
     HARD_TEXT,
     MIN_POSITIONS,
-    NEGATIVE_CONTROL_BITS,
     TOLD_APART,
     Runtime,
     check_rounding,
@@ -98,13 +97,10 @@ def certify_served(
             return {"figures": figures, "limits": asdict(limits), "passed": passed}, limits
 
         logits, limits = measure("reference", checkpoint, None)
-        controls: dict[str, Any] = {}
-        if min(spec.grid.bits for spec in checkpoint.specs.values()) <= NEGATIVE_CONTROL_BITS:
-            negative, _ = measure("negative control", requantized(checkpoint), limits)
-            negative["passed"] &= negative["figures"]["kl"] < TOLD_APART * logits["figures"]["kl"]
-            controls["negative"] = negative
+        negative, _ = measure("negative control", requantized(checkpoint), limits)
+        negative["passed"] &= negative["figures"]["kl"] < TOLD_APART * logits["figures"]["kl"]
     passed = equal == total and not differing and tokens_equal and logits["passed"]
-    passed &= "negative" not in controls or not controls["negative"]["passed"]
+    passed &= not negative["passed"]
     proven = logits["figures"]["positions"] >= MIN_POSITIONS
     return certificates.clean(
         {
@@ -117,7 +113,7 @@ def certify_served(
             "token_ids_equal": tokens_equal,
             "rounding": rounding,
             "logits": logits,
-            "controls": controls,
+            "controls": {"negative": negative},
             "hashes": hashes(checkpoint, fused, exported),
             "settings": {"sequences": len(sequences), "tokens": length, "texts": texts or ["CPython documentation"]},
             "machine": certificates.machine(),
