@@ -67,6 +67,7 @@ WARM_UP = 2  # rounds that are not counted: page faults, lazy initialization
 SHORT_PROMPT = 16  # tokens before those that are generated
 SPARE = 16  # positions of the context that are left over
 SETTLE = 0.02  # seconds until a server has put away what it answered
+INSTANT = 1e-6  # seconds: of two tokens that came in one packet
 NOISE = " (again)"
 GPU_MEMORY = 0.9  # of it, for all servers together
 CPU, WALL = ("prompt_cpu_s", "token_cpu_s"), ("ttft_s", "itl_s")
@@ -259,7 +260,7 @@ def _measure(
                 if count == 1:
                     found[label] |= {"ttft_s": timing.first, "prompt_cpu_s": cpu}
                 else:
-                    between = (timing.last - timing.first) / (count - 1)
+                    between = max(INSTANT, (timing.last - timing.first) / (count - 1))
                     found[label] |= {"itl_s": between, "token_cpu_s": cpu / count}
         if number >= 0:
             for label, row in found.items():
