@@ -231,14 +231,19 @@ def fold(values_NC: np.ndarray, low: int, ways: int, span: int, fits: bool = Fal
         return values_NC
     width = 8 // ways
     words = values_NC.reshape(-1).view("<u8")
-    words = words >> np.uint64(low) if low else words
-    words = words if fits and not low else words & _every_byte(words, width)
+    if low:
+        words = words >> np.uint64(low)
+        words &= _every_byte(words, width)
+    elif not fits:
+        words = words & _every_byte(words, width)
     if span == 1:
         return gather(words.view(np.uint8), width, ways).reshape(len(values_NC), -1)
     lanes = words.view(f"V{span}").reshape(-1, ways)
     folded = lanes[:, 0].copy().view(f"<u{min(span, 8)}")  # values may be the caller's own
     for lane in range(1, ways):
-        folded |= np.ascontiguousarray(lanes[:, lane]).view(folded.dtype) << folded.dtype.type(lane * width)
+        shifted = lanes[:, lane].copy().view(folded.dtype)
+        shifted <<= folded.dtype.type(lane * width)
+        folded |= shifted
     return folded.view(np.uint8).reshape(len(values_NC), -1)
 
 
