@@ -3,11 +3,10 @@
     python benchmarks/soak.py smollm2-q4_0.gguf --clients 100 --minutes 5
     python benchmarks/soak.py smollm2-gptq --python .venv-vllm/bin/python
 
-Every client streams one chat after the other through the `openai` package, as an application would, with its default
-of two more attempts: llama.cpp closes connections behind some answers, and a request that is on its way just then is
-lost. The server is started as lrqat-serve starts it. Memory is the resident set of the server and its children, every
-second; it is called flat when the median of the last quarter lies within 5% of that of the second quarter: the first
-one fills caches.
+Every client streams one chat after the other through the `openai` package, as an application would, but with one
+attempt a request: what the server loses counts. The server is started as lrqat-serve starts it. Memory is the resident
+set of the server and its children, every second; it is called flat when the median of the last quarter lies within 5%
+of that of the second quarter: the first one fills caches.
 
 Exit status 1: a request failed, or memory was not flat, or the server ended.
 """
@@ -83,7 +82,7 @@ async def soak(server: Server, clients: int, minutes: float, tokens: int) -> Tal
     """All clients at once."""
     tally, began = Tally(), time.monotonic()
     until = began + 60 * minutes
-    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=TIMEOUT) as client:
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=TIMEOUT, max_retries=0) as client:
         talking = [talk(client, server, number, tokens, until, tally) for number in range(clients)]
         await asyncio.gather(watch(server, until, tally), *talking)
     tally.elapsed = time.monotonic() - began  # the last answers come after the time is over
