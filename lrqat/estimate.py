@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrqat.losses import CHUNK_TOKENS
 from lrqat.methods.lr_qat import LRQAT
 from lrqat.offload import frozen_bytes
 from lrqat.plan import Plan
@@ -39,7 +40,7 @@ from lrqat.starts.walk import decoder_layers
 FLOAT = 4  # bytes of what is trained
 PROCESS = 600e6  # bytes; CPU build of torch 2.13, transformers 5.19
 MALLOC = 0.1
-CHUNK_TOKENS, BUFFERS = 128, 3  # of `lrqat.losses`
+BUFFERS = 3  # [T, O] around the largest weight
 PROBED = (32, 160)  # tokens of the two timings
 PROBED_WEIGHTS = 1 << 21
 
@@ -162,7 +163,7 @@ def dense_bytes(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool) -
 
 
 class Keeping(torch.autograd.Function):
-    """A linear layer that keeps what `lrqat.methods.base.QuantizedLinear` keeps, and computes nothing."""
+    """A linear layer that keeps what `lrqat.methods.base.QuantizedLinear` keeps, without computing anything."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: int, keeps_output: bool) -> Tensor:
@@ -170,11 +171,6 @@ class Keeping(torch.autograd.Function):
         output = x.new_empty(*x.shape[:-1], rows)
         ctx.save_for_backward(x, output if keeps_output else None)
         return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Never called."""
-        raise NotImplementedError
 
 
 class KeepingLinear(nn.Module):
