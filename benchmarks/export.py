@@ -45,7 +45,9 @@ def one(name: str, hidden: int) -> dict[str, Any]:
     from exporters.formats import FORMATS
     from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
     from lrqat.grid import Grid
+    from lrqat.memory import keep_freed_memory
 
+    keep_freed_memory()  # as every command does
     form, spelling, options = CASES[name]
     grid = Grid.parse(spelling)
     config = {

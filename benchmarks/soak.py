@@ -4,9 +4,10 @@
     python benchmarks/soak.py smollm2-gptq --python .venv-vllm/bin/python
 
 Every client streams one chat after the other through the `openai` package, as an application would, but with one
-attempt a request: what the server loses counts. The server is started as lrqat-serve starts it. Memory is the resident
-set of the server and its children, every second; it is called flat when the median of the last quarter lies within 5%
-of that of the second quarter: the first one fills caches.
+attempt a request: what the server loses counts. Each request has a connection of its own (docs/deploy.md says why).
+The server is started as lrqat-serve starts it. Memory is the resident set of the server and its children, every
+second; it is called flat when the median of the last quarter lies within 5% of that of the second quarter: the first
+one fills caches.
 
 Exit status 1: a request failed, or memory was not flat, or the server ended.
 """
@@ -22,6 +23,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from openai import AsyncOpenAI, OpenAIError
@@ -31,6 +33,7 @@ from serve.running import Server, start
 FLAT = 0.05
 SAMPLE_SECONDS = 1.0
 TIMEOUT = 600.0  # of one request, most of which it may wait for its turn
+ONE_REQUEST_A_CONNECTION = {"Connection": "close"}  # llama.cpp ends it after a stream, unannounced
 TOPICS = ("bread", "rivers", "the moon", "a small dog", "trains", "winter", "music", "an old house", "maps", "bees")
 
 
@@ -82,7 +85,8 @@ async def soak(server: Server, clients: int, minutes: float, tokens: int) -> Tal
     """All clients at once."""
     tally, began = Tally(), time.monotonic()
     until = began + 60 * minutes
-    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=TIMEOUT, max_retries=0) as client:
+    settings: dict[str, Any] = {"timeout": TIMEOUT, "max_retries": 0, "default_headers": ONE_REQUEST_A_CONNECTION}
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", **settings) as client:
         talking = [talk(client, server, number, tokens, until, tally) for number in range(clients)]
         await asyncio.gather(watch(server, until, tally), *talking)
     tally.elapsed = time.monotonic() - began  # the last answers come after the time is over

@@ -31,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,15 +127,17 @@ def _weight_entries(layer: str, spec: FusedSpec, fused: Callable[[], FusedTensor
 
 
 def pack(codes_OI: Tensor) -> Tensor:
-    """uint8 [O, I] -> int32 [I, O/8]; byte by byte, rows at a time, and transposed as words."""
-    words_WI = torch.empty(len(codes_OI) // PER_WORD, codes_OI.shape[1], dtype=torch.int32)
-    for words, rows in zip(words_WI.split(TILE), codes_OI.split(TILE * PER_WORD), strict=True):
-        outputs = rows.unflatten(0, (-1, PER_WORD))
-        octets = words.view(torch.uint8).unflatten(1, (-1, PER_WORD // 2))
+    """uint8 [O, I] -> int32 [I, O/8]; some rows at a time, which are turned as words while they are in the cache."""
+    rows, columns = codes_OI.shape
+    packed_IW = torch.empty(columns, rows // PER_WORD, dtype=torch.int32)
+    for place_IT, codes in zip(packed_IW.split(TILE, 1), codes_OI.split(TILE * PER_WORD), strict=True):
+        outputs_T8I = codes.contiguous().numpy().reshape(-1, PER_WORD, columns)
+        octets_TI4 = np.empty((len(outputs_T8I), columns, PER_WORD // 2), np.uint8)
         for byte in range(PER_WORD // 2):
             low, high = AWQ_ORDER[2 * byte], AWQ_ORDER[2 * byte + 1]
-            octets[:, :, byte] = (outputs[:, high] << BITS).bitwise_or_(outputs[:, low])
-    return words_WI.T
+            octets_TI4[:, :, byte] = outputs_T8I[:, low] + outputs_T8I[:, high] * np.uint8(1 << BITS)
+        place_IT.copy_(torch.from_numpy(octets_TI4.view(np.int32)[:, :, 0]).T)
+    return packed_IW
 
 
 def unpack(words: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ Refuses nothing: `exporters.gguf_carry.carries` has been asked before, so what i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,6 +122,16 @@ class BlockType:
         """A block as numpy copies it, a run of bytes at a time: fields "0", "1" .. in their order."""
         return np.dtype([(str(place), f"V{field.nbytes}") for place, field in enumerate(self.fields)])
 
+    @cached_property
+    def runs(self) -> dict[str, tuple[int, int]]:
+        """Plane -> (longest run of bytes that the spans of its fields are made of, how many its widest field joins)."""
+        found: dict[str, tuple[int, int]] = {}
+        for field in self.fields:
+            if field.span > 1:
+                run, joined = found.get(field.plane, (0, 1))
+                found[field.plane] = math.gcd(run, field.span), math.lcm(joined, field.span * field.ways)
+        return {plane: (run, joined // run) for plane, (run, joined) in found.items()}
+
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row."""
         return columns // self.columns * self.nbytes
@@ -190,10 +201,18 @@ def pack(tensor: FusedTensor, kind: BlockType) -> Tensor:
     planes |= {name: planes[name] + np.uint8(offset) for name, offset in kind.offsets.items()}
     if "sub_minimums" in planes:
         planes["subs"] = _join(planes["sub_scales"], planes["sub_minimums"])
-    packed = np.empty(blocks, kind.struct)
+    packed, runs = np.empty(blocks, kind.struct), {}
     for place, field in enumerate(kind.fields):
-        fits = field.plane == "codes" and kind.grid.bits * field.ways <= 8
-        folded = fold(planes[field.plane], field.low, field.ways, field.span, fits)
+        values_NC, fits = planes[field.plane], field.plane == "codes" and kind.grid.bits * field.ways <= 8
+        if field.ways == 1:
+            folded = values_NC
+        elif field.span == 1:
+            folded = fold_neighbours(values_NC, field, fits)
+        else:
+            run, count = kind.runs[field.plane]
+            if field.plane not in runs:
+                runs[field.plane] = split(values_NC, run, count)
+            folded = fold(runs[field.plane], run, field, fits).reshape(blocks, -1)
         if kind.negated:
             folded = (folded.view("<u2") ^ TURNED[field.plane]).view(np.uint8)
         packed[str(place)] = folded.view(kind.struct[place])[:, 0]
@@ -222,29 +241,36 @@ def unpack(packed: Tensor, kind: BlockType) -> FusedTensor:
     return FusedTensor(arrays["codes"], {name: arrays[name].view(part.dtype) for name, part in wire.items()}, kind.grid)
 
 
-def fold(values_NC: np.ndarray, low: int, ways: int, span: int, fits: bool = False) -> np.ndarray:
-    """Bits low .. low + 8 / ways - 1 of every value, `ways` of them in a byte (`Field`): uint8 [N, C / ways].
+def split(values_NC: np.ndarray, run: int, count: int) -> np.ndarray:
+    """Of every `count` runs of `run` bytes the first, then the second ..: words [count, N * C / count], a copy."""
+    runs_NR = values_NC.reshape(-1).view(f"V{run}").reshape(-1, count)
+    return runs_NR.T.copy().view(f"<u{min(run, 8)}")
 
-    `fits`: values have no other bits.
+
+def fold(runs_RW: np.ndarray, run: int, field: Field, fits: bool) -> np.ndarray:
+    """A field whose span is some runs, from values as `split` leaves them: bytes in their order.
+
+    `fits`: values have no other bits than those that are taken.
     """
-    if ways == 1:
-        return values_NC
-    width = 8 // ways
-    words = values_NC.reshape(-1).view("<u8")
-    if low:
-        words = words >> np.uint64(low)
-        words &= _every_byte(words, width)
-    elif not fits:
-        words = words & _every_byte(words, width)
-    if span == 1:
-        return gather(words.view(np.uint8), width, ways).reshape(len(values_NC), -1)
-    lanes = words.view(f"V{span}").reshape(-1, ways)
-    folded = lanes[:, 0].copy().view(f"<u{min(span, 8)}")  # values may be the caller's own
-    for lane in range(1, ways):
-        shifted = lanes[:, lane].copy().view(folded.dtype)
-        shifted <<= folded.dtype.type(lane * width)
-        folded |= shifted
-    return folded.view(np.uint8).reshape(len(values_NC), -1)
+    width, apart = 8 // field.ways, field.span // run
+    one = runs_RW.dtype.type
+    taken = one(int(_every_byte(runs_RW, width)) << field.low)
+    folded_RW = np.zeros((len(runs_RW) // field.ways, runs_RW.shape[1]), runs_RW.dtype)
+    for place, folded_W in enumerate(folded_RW):
+        span, within = divmod(place, apart)
+        for way in range(field.ways):
+            values_W, up = runs_RW[(span * field.ways + way) * apart + within], way * width - field.low
+            values_W = values_W if fits else values_W & taken
+            folded_W |= values_W << one(up) if up > 0 else values_W >> one(-up)
+    return folded_RW.view(f"V{run}").T.reshape(-1).view(np.uint8)
+
+
+def fold_neighbours(values_NC: np.ndarray, field: Field, fits: bool) -> np.ndarray:
+    """A field whose span is 1: uint8 [N, C / ways]."""
+    width, words = 8 // field.ways, values_NC.reshape(-1).view("<u8")
+    words = words >> np.uint64(field.low) if field.low else words
+    words = words if fits else words & _every_byte(words, width)
+    return gather(words.view(np.uint8), width, field.ways).reshape(len(values_NC), -1)
 
 
 def unfold(bytes_NB: np.ndarray, ways: int, span: int) -> np.ndarray:

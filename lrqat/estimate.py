@@ -40,6 +40,7 @@ from lrqat.starts.walk import decoder_layers
 FLOAT = 4  # bytes of what is trained
 PROCESS = 600e6  # bytes; CPU build of torch 2.13, transformers 5.19
 MALLOC = 0.1
+FACTORED = ("lrqat", "scales")  # methods that keep outputs (`WeightQuantizer.factored`)
 BUFFERS = 3  # [T, O] around the largest weight
 PROBED = (32, 160)  # tokens of the two timings
 PROBED_WEIGHTS = 1 << 21
@@ -202,7 +203,7 @@ def _kept(skeleton: Any, plan: Plan, settings: TrainSettings, layers: int) -> fl
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    factored = settings.method == "lrqat" and settings.lr_scales > 0
+    factored = settings.method in FACTORED and settings.lr_scales > 0
     keeps_output = {
         site.origin.parameter: factored and grid.columns_per_group(site.shape[1]) == site.shape[1]
         for name, grid in plan.grids.items()

@@ -8,8 +8,8 @@ so what the machine does meanwhile meets both sides.
 Where a model lies in memory makes it faster or slower by several percent, for as long as it lies there: two servers
 that map one file share its pages, a copy of that file has others (docs/log.md). So there are several sittings: each
 loads every model again, a file from a copy of its own. vLLM reads weights into memory of its own anyway.
-Ratios are first / other: the mean over sittings of the median over their rounds; intervals come from resampling
-sittings, and rounds within them.
+Ratios are first / other, geometric means over all rounds; intervals come from resampling sittings, and rounds within
+them.
 
     ttft_s         seconds until the first token of the long prompt
     itl_s          seconds between two generated tokens
@@ -165,19 +165,18 @@ def interval(first: Sequence[Sequence[float]], other: Sequence[Sequence[float]])
 
     One sitting alone says nothing of where models lie in memory: its interval is that of its rounds.
     """
-    ratios_SR = np.asarray(first, dtype=np.float64) / np.asarray(other, dtype=np.float64)
-    sittings, rounds = ratios_SR.shape
-    medians_S = np.median(ratios_SR, axis=1)
-    found: dict[str, Any] = {"ratio": float(medians_S.mean()), "low": None, "high": None, "samples": ratios_SR.size}
-    if ratios_SR.size >= MIN_SAMPLES:
+    logs_SR = np.log(np.asarray(first, dtype=np.float64) / np.asarray(other, dtype=np.float64))
+    sittings, rounds = logs_SR.shape
+    found: dict[str, Any] = {"ratio": float(np.exp(logs_SR.mean())), "low": None, "high": None, "samples": logs_SR.size}
+    if logs_SR.size >= MIN_SAMPLES:
         rng = np.random.default_rng(0)
         drawn_NS1 = rng.integers(0, sittings, (RESAMPLES, sittings, 1))
         drawn_NSR = rng.integers(0, rounds, (RESAMPLES, sittings, rounds))
-        means_N = np.median(ratios_SR[drawn_NS1, drawn_NSR], axis=2).mean(axis=1)
+        means_N = logs_SR[drawn_NS1, drawn_NSR].mean(axis=(1, 2))
         tail = 50 * (1 - CONFIDENCE)
-        low, high = np.percentile(means_N, [tail, 100 - tail])
+        low, high = np.exp(np.percentile(means_N, [tail, 100 - tail]))
         found |= {"low": float(low), "high": float(high)}
-    return found | {"sittings": medians_S.tolist()}
+    return found | {"sittings": np.exp(logs_SR.mean(axis=1)).tolist()}
 
 
 def verdict(found: Sequence[dict[str, Any]]) -> str:
