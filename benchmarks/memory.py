@@ -37,9 +37,10 @@ from lrqat.layers import quantizers, swap
 from lrqat.memory import keep_freed_memory
 from lrqat.methods.lr_qat import LRQAT
 from lrqat.offload import offloaded
+from lrqat.optimizer import state_of
 from lrqat.plan import plan
 from lrqat.safestream import Entry, write_file
-from lrqat.settings import TrainSettings
+from lrqat.settings import OPTIMIZERS, TrainSettings
 from lrqat.sites import Site
 from lrqat.teacher import WORDS, Blocks
 from lrqat.train import make_trainer
@@ -188,7 +189,7 @@ def held(model: Any, optimizer: Any) -> dict[str, int]:
         "dense": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
         "trained": sum(p.nbytes for p in trained),
         "gradients": sum(p.grad.nbytes for p in trained if p.grad is not None),
-        "moments": sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim),
+        "moments": sum(t.nbytes for name, t in state_of(optimizer)[0].items() if t.ndim and not name.endswith("qmap")),
     }
 
 
@@ -202,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=256, help="of the one block of the step (256)")
     parser.add_argument("--layers", type=int, help="only so many decoder layers")
     parser.add_argument("--offload", choices=("disk",), help="as of lrqat train")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="as of lrqat train")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dir", type=Path, help="where files lie while it runs (default: the system's)")
     args = parser.parse_args(argv)
@@ -230,6 +232,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         steps=1,
         gradient_checkpointing=True,
         offload=args.offload,
+        optimizer=args.optimizer,
     )
     model = skeleton(args.shape)
     decided = plan(model, Assignment.make(Grid.parse(settings.grid)), settings.rank)

@@ -11,6 +11,7 @@ Ratios are to the first case, the median over rounds.
     lrqat-tiles@GRID    lrqat with dL/dW formed row tile by row tile, where it would not be
 
     python benchmarks/step.py MODEL --cases lora lrqat@w4 lsq@w4 --rounds 8 --compile
+    python benchmarks/step.py MODEL --cases lrqat@w4g32 --profile       # where the time goes, operator by operator
 
 The last line is one JSON object.
 """
@@ -31,6 +32,7 @@ from typing import Any
 CASES = ("lora", "frozen", "full", "lsq@w4", "lrqat-tiles@w4", "lrqat@w4", "lrqat@w4g32")
 METRICS = ("seconds", "cpu_seconds")
 LEARNING_RATE = 1e-6  # finite, and no rate that would move much
+PROFILED = 15  # operators
 WARM_UP = 2  # steps that are not counted: compilation, memory from the system
 
 
@@ -92,7 +94,8 @@ def one(case: str, args: argparse.Namespace) -> None:
     if not trained:  # a gradient has to reach the first layer
         model.get_input_embeddings().register_forward_hook(lambda *found: found[-1].requires_grad_())
     sizes = {"trained": sum(p.numel() for p in trained)}
-    for _ in sys.stdin:
+
+    def take() -> dict[str, float]:
         ids = torch.randint(0, config.vocab_size, shape)
         teacher = torch.randn(*shape, config.hidden_size).to(torch.bfloat16)
         begun, cpu = time.perf_counter(), time.process_time()
@@ -101,7 +104,17 @@ def one(case: str, args: argparse.Namespace) -> None:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        found = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu, **sizes}
+        return {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
+
+    if args.profile:
+        for _ in range(WARM_UP):
+            take()
+        with torch.profiler.profile() as profile:
+            take()
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=PROFILED))
+        return
+    for _ in sys.stdin:
+        found = {**take(), **sizes}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({**found, "peak_memory_gb": round(peak / 1e9, 3)}), flush=True)
 
@@ -130,12 +143,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="as lrqat train")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="a step of each case under torch's profiler, no figures")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         one(args.one, args)
         return
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    if args.profile:
+        for case in args.cases:
+            print(case)
+            subprocess.run([sys.executable, *sys.argv, "--one", case], env=environment, check=True)
+        return
     children = {}
     try:
         for case in args.cases:

@@ -59,6 +59,8 @@ from lrqat.fused import FusedTensor
 from lrqat.grid import Grid
 
 LOW_4, HIGH_2_OF_6 = np.uint32(0x0F0F0F0F), np.uint32(0x30303030)  # of each byte of a word
+MOVED = {4: "<u4", 8: "<u8", 16: "<c16"}  # as what numpy copies runs of bytes one by one the fastest
+LONGEST = max(MOVED)
 TURNED = {"codes": np.uint16(0xFFFF), "scales": np.uint16(0x8000)}  # Q2_0: 3 - q turns both bits, -d the sign
 
 Planes = dict[str, np.ndarray]  # "codes" and parts: uint8 [blocks, bytes in a block]
@@ -124,12 +126,12 @@ class BlockType:
 
     @cached_property
     def runs(self) -> dict[str, tuple[int, int]]:
-        """Plane -> (longest run of bytes that the spans of its fields are made of, how many its widest field joins)."""
+        """Plane -> (run of bytes that the spans of its fields are made of, how many its widest field joins)."""
         found: dict[str, tuple[int, int]] = {}
         for field in self.fields:
             if field.span > 1:
                 run, joined = found.get(field.plane, (0, 1))
-                found[field.plane] = math.gcd(run, field.span), math.lcm(joined, field.span * field.ways)
+                found[field.plane] = math.gcd(run or LONGEST, field.span), math.lcm(joined, field.span * field.ways)
         return {plane: (run, joined // run) for plane, (run, joined) in found.items()}
 
     def row_bytes(self, columns: int) -> int:
@@ -243,8 +245,7 @@ def unpack(packed: Tensor, kind: BlockType) -> FusedTensor:
 
 def split(values_NC: np.ndarray, run: int, count: int) -> np.ndarray:
     """Of every `count` runs of `run` bytes the first, then the second ..: words [count, N * C / count], a copy."""
-    runs_NR = values_NC.reshape(-1).view(f"V{run}").reshape(-1, count)
-    return runs_NR.T.copy().view(f"<u{min(run, 8)}")
+    return values_NC.reshape(-1).view(MOVED[run]).reshape(-1, count).T.copy().view(f"<u{min(run, 8)}")
 
 
 def fold(runs_RW: np.ndarray, run: int, field: Field, fits: bool) -> np.ndarray:
@@ -255,14 +256,14 @@ def fold(runs_RW: np.ndarray, run: int, field: Field, fits: bool) -> np.ndarray:
     width, apart = 8 // field.ways, field.span // run
     one = runs_RW.dtype.type
     taken = one(int(_every_byte(runs_RW, width)) << field.low)
-    folded_RW = np.zeros((len(runs_RW) // field.ways, runs_RW.shape[1]), runs_RW.dtype)
-    for place, folded_W in enumerate(folded_RW):
-        span, within = divmod(place, apart)
-        for way in range(field.ways):
-            values_W, up = runs_RW[(span * field.ways + way) * apart + within], way * width - field.low
-            values_W = values_W if fits else values_W & taken
-            folded_W |= values_W << one(up) if up > 0 else values_W >> one(-up)
-    return folded_RW.view(f"V{run}").T.reshape(-1).view(np.uint8)
+    spans_SWRW = runs_RW.reshape(-1, field.ways, apart, runs_RW.shape[1])
+    folded_SRW = np.zeros((len(spans_SWRW), *spans_SWRW.shape[2:]), runs_RW.dtype)
+    for span_WRW, folded_RW in zip(spans_SWRW, folded_SRW, strict=True):
+        for way, values_RW in enumerate(span_WRW):
+            up = way * width - field.low
+            values_RW = values_RW if fits else values_RW & taken
+            folded_RW |= values_RW << one(up) if up > 0 else values_RW >> one(-up)
+    return folded_SRW.view(MOVED[run]).reshape(-1, runs_RW.nbytes // len(runs_RW) // run).T.reshape(-1).view(np.uint8)
 
 
 def fold_neighbours(values_NC: np.ndarray, field: Field, fits: bool) -> np.ndarray:

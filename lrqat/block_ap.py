@@ -33,6 +33,7 @@ from lrqat.layers import Make, quantizers, swap
 from lrqat.methods.base import WeightQuantizer
 from lrqat.methods.gains import GainQuantizer
 from lrqat.methods.scales import Scales
+from lrqat.optimizer import make_optimizer
 from lrqat.plan import Plan
 from lrqat.safestream import Entry, write_file
 from lrqat.sites import TRAINED
@@ -155,7 +156,7 @@ def train_layer(
         {"params": [p for name, p in trained.items() if ".gains." not in name], "lr": settings.lr},
         {"params": [p for name, p in trained.items() if ".gains." in name], "lr": settings.lr_scales},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = make_optimizer("adamw", [g for g in groups if g["params"]])
     batches = [batch for epoch in order for batch in torch.split(epoch, settings.batch_size)]
 
     def share(step: int) -> float:

@@ -25,6 +25,7 @@ from lrqat.settings import (
     METHODS,
     NONE,
     OFFLOADS,
+    OPTIMIZERS,
     STARTS,
     TRAIN_DTYPES,
     Beginning,
@@ -222,6 +223,11 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "(default: not at all)",
     )
     p.add_argument("--kv", choices=(NONE, *KV), help=f"{KV_HELP} (default: not at all)")
+    p.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help=f"adamw8bit holds Adam's moments in 8 bits instead of 32; needs torchao ({DEFAULTS['optimizer']})",
+    )
     p.add_argument("--warmup", type=float, help=f"share of the steps ({DEFAULTS['warmup']})")
     p.add_argument("--range-p", type=float, help=f"exponent of the range search; 0 is min-max ({DEFAULTS['range_p']})")
     p.add_argument("--dtype", choices=TRAIN_DTYPES, help=f"of activations and dense weights ({DEFAULTS['dtype']})")

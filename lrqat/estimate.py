@@ -3,7 +3,8 @@
     packed        frozen weights; with --offload disk, those of the largest decoder layer
     grid          the grids' parts that gains multiply, float32
     dense         embedding, head, norms and what the plan leaves as it is
-    trained       A, B and gains, or weights, float32; as much again are gradients, and twice that Adam's moments
+    trained       A, B and gains, or weights, float32; as much again are gradients
+    moments       Adam's two (`lrqat.optimizer`)
     activations   what autograd keeps from forward to backward, counted by running the model without data
                   (torch's fake tensors, for which transformers expands grouped keys and builds a mask: some
                   percent too much there); with checkpointing, each layer's input and one layer's rest
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from lrqat.losses import CHUNK_TOKENS
 from lrqat.methods.lr_qat import LRQAT
 from lrqat.offload import frozen_bytes
+from lrqat.optimizer import moment_bytes
 from lrqat.plan import Plan
 from lrqat.settings import TrainSettings
 from lrqat.sites import EXPERT, TRAINED
@@ -68,7 +70,8 @@ def estimate(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool = Fal
         gpu: the memory is a GPU's, which holds no Python.
     """
     tokens, dtype = settings.batch_size * settings.seq_len, getattr(torch, settings.dtype)
-    trained, grid = trained_numbers(plan, settings), grid_numbers(plan)
+    sizes, grid = trained_sizes(plan, settings), grid_numbers(plan)
+    trained = sum(sizes)
     first, layer = kept_activations(skeleton, plan, settings)
     count = len(decoder_layers(skeleton)[1])
     hidden = skeleton.config.get_text_config().hidden_size
@@ -86,7 +89,7 @@ def estimate(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool = Fal
         "dense": dense_bytes(skeleton, plan, settings, gpu),
         "trained": FLOAT * trained,
         "gradients": FLOAT * trained,
-        "moments": 2 * FLOAT * trained,
+        "moments": sum(moment_bytes(settings.optimizer, size) for size in sizes),
         "activations": activations,
         "logits": (2 if settings.loss == "kd" else 1) * chunk + 2 * tokens * hidden * dtype.itemsize,
         "transient": largest * dtype.itemsize + BUFFERS * tokens * widest * dtype.itemsize,
@@ -113,22 +116,22 @@ def grid_numbers(plan: Plan) -> int:
     )
 
 
-def trained_numbers(plan: Plan, settings: TrainSettings) -> int:
-    """How many numbers are trained."""
-    total = 0
+def trained_sizes(plan: Plan, settings: TrainSettings) -> list[int]:
+    """Numbers of each parameter that is trained."""
+    found = []
     for name, grid in plan.grids.items():
         site = plan.sites[name]
         if site.kind not in TRAINED:
             continue
         rows, columns = site.shape
         if settings.method == "lsq":
-            total += rows * columns
+            found.append(rows * columns)
         elif settings.rank is not None:
-            total += settings.rank * (rows + columns)
+            found += [settings.rank * rows, settings.rank * columns]
         if settings.lr_scales > 0:
             parts = grid.parts(rows, columns)
-            total += sum(parts[learned].shape[0] * parts[learned].shape[1] for learned in grid.learned)
-    return total
+            found += [parts[learned].shape[0] * parts[learned].shape[1] for learned in grid.learned]
+    return found
 
 
 def packed_bytes(skeleton: Any, plan: Plan, settings: TrainSettings) -> int:

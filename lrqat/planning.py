@@ -9,12 +9,12 @@ from typing import Any
 
 from lrqat.command import show
 from lrqat.errors import LrqatError
-from lrqat.settings import DOWNCASTS, LOSSES, METHODS, OFFLOADS, TRAIN_DTYPES, TrainSettings
+from lrqat.settings import DOWNCASTS, LOSSES, METHODS, OFFLOADS, OPTIMIZERS, TRAIN_DTYPES, TrainSettings
 
 UNITS = {"M": 1e6, "G": 1e9, "T": 1e12}
 SETTINGS = (
-    *("grid", "method", "rank", "downcast", "loss", "dtype", "offload", "seq_len", "batch_size"),
-    *("gradient_accumulation", "steps", "gradient_checkpointing", "override", "skip"),
+    *("grid", "method", "rank", "downcast", "loss", "dtype", "offload", "optimizer", "seq_len"),
+    *("batch_size", "gradient_accumulation", "steps", "gradient_checkpointing", "override", "skip"),
 )
 # What to try where it does not fit, from the cheapest on; each goes on top of those before.
 SAVINGS: tuple[dict[str, Any], ...] = (
@@ -39,6 +39,7 @@ def plan_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", choices=TRAIN_DTYPES, help="of activations and dense weights")
     p.add_argument("--gradient-checkpointing", action="store_true", default=None, help="recompute layers in backward")
     p.add_argument("--offload", choices=OFFLOADS, help="where frozen weights live")
+    p.add_argument("--optimizer", choices=OPTIMIZERS, help="with moments in 32 or 8 bits")
     p.add_argument(
         "--memory", metavar="SIZE", help="of the GPU to train on: 24G (10^9 bytes each); by default, this machine's CPU"
     )

@@ -15,6 +15,7 @@ LOSSES = ("kd", "ce")
 DTYPES = ("bfloat16", "float16", "float32")
 TRAIN_DTYPES = ("bfloat16", "float32")  # float16 gradients underflow without loss scaling
 OFFLOADS = ("disk", "cpu")
+OPTIMIZERS = ("adamw", "adamw8bit")  # `lrqat.optimizer`
 DOWNCASTS = ("fixed", "int", "bf16")
 STARTS = ("rtn", "gptq", "awq", "awq+gptq")
 ACTIVATIONS = {"8": (8, False), "4": (4, False), "int8": (8, True)}  # (bits, symmetric) of `lrqat.activations`
@@ -107,6 +108,7 @@ class TrainSettings:
     block_lr_scales: float | None = None
     activations: str | None = None
     kv: str | None = None
+    optimizer: str = "adamw"
     warmup: float = 0.1
     range_p: float | None = 3.5
     override: tuple[str, ...] = ()
@@ -124,6 +126,7 @@ class TrainSettings:
         one_of("method", self.method, METHODS)
         one_of("loss", self.loss, LOSSES)
         one_of("dtype", self.dtype, TRAIN_DTYPES)
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         self._choose()
         if self.activations is not None:
             one_of("activations", self.activations, (NONE, *ACTIVATIONS))

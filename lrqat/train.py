@@ -41,6 +41,7 @@ from lrqat.layers import fuse_model
 from lrqat.losses import body_and_head, head_of
 from lrqat.models import Base, locate
 from lrqat.offload import check_offload, offloaded, streamed
+from lrqat.optimizer import check_optimizer, make_optimizer
 from lrqat.plan import Plan, plan
 from lrqat.provenance import provenance
 from lrqat.ranks import agree, copy_first, first, join, leave, own, passes, rank, see, share, together
@@ -74,6 +75,7 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     """`train` of one process among its like."""
     started = time.monotonic()
     passes(settings.gradient_accumulation)  # refused before anything is read
+    check_optimizer(settings.optimizer)
     out = Path(settings.out)
     if (out / "run.json").exists() and not resume:
         raise LrqatError(f"{out}: holds a run already; go on with --resume, or name another --out")
@@ -247,7 +249,7 @@ def check_fingerprint(path: Path, now: dict[str, Any]) -> None:
 def make_trainer(
     model: Any, data: Blocks, settings: TrainSettings, out: Path, teacher_VH: Tensor | None = None
 ) -> LowRankTrainer:
-    """AdamW (0.9, 0.95), no decay, warm-up then linear decay, gradients clipped to 1: the paper's settings."""
+    """AdamW without decay, warm-up then linear decay, gradients clipped to 1: the paper's settings."""
     from transformers import TrainingArguments, get_linear_schedule_with_warmup
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -260,7 +262,7 @@ def make_trainer(
         {"params": [p for n, p in trained.items() if ".gains." not in n], "lr": settings.lr or 0.0},
         {"params": [p for n, p in trained.items() if ".gains." in n], "lr": settings.lr_scales},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = make_optimizer(settings.optimizer, [g for g in groups if g["params"]])
     schedule = get_linear_schedule_with_warmup(optimizer, int(settings.warmup * settings.steps), settings.steps)
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),

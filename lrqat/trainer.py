@@ -28,6 +28,7 @@ from lrqat.errors import LrqatError
 from lrqat.fused import read_json
 from lrqat.jsonfile import read_metrics
 from lrqat.losses import head_loss, head_of
+from lrqat.optimizer import load_state, state_of
 from lrqat.pages import give_back, in_file
 from lrqat.ranks import agreed
 
@@ -107,14 +108,13 @@ class LowRankTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:
             return
-        optimizer = self.optimizer.state_dict()
-        tensors = {f"{i}.{k}": v for i, state in optimizer["state"].items() for k, v in state.items()}
+        tensors, groups = state_of(self.optimizer)
         tensors["rng"] = torch.random.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.random.get_rng_state()
         save_whole(tensors, Path(output_dir) / "optimizer.safetensors")
-        schedule = {"groups": optimizer["param_groups"], "scheduler": self.lr_scheduler.state_dict()}
-        (Path(output_dir) / "scheduler.json").write_text(json.dumps(schedule))
+        schedule = {"groups": groups, "scheduler": self.lr_scheduler.state_dict()}
+        (Path(output_dir) / "scheduler.json").write_text(json.dumps(schedule, default=float))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -124,11 +124,7 @@ class LowRankTrainer(Trainer):
         torch.random.set_rng_state(tensors.pop("rng"))
         if "rng.cuda" in tensors:
             torch.cuda.random.set_rng_state(tensors.pop("rng.cuda"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": schedule["groups"]})
+        load_state(self.optimizer, tensors, schedule["groups"])
         self.lr_scheduler.load_state_dict(schedule["scheduler"])
 
     def _save_rng_state(self, output_dir: str) -> None:
