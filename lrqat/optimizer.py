@@ -52,7 +52,7 @@ def moment_bytes(name: str, numbers: int) -> float:
 def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """(tensors by `INDEX.MOMENT`, 8-bit ones by `INDEX.MOMENT.PART`; groups as JSON holds them)."""
     state = optimizer.state_dict()
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for index, values in state["state"].items():
         for name, value in values.items():
             if hasattr(value, "qmap"):

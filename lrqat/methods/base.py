@@ -178,7 +178,8 @@ class QuantizedLinear(torch.autograd.Function):
         scale = offset = None
         if ctx.factored:
             if output is not None:
-                scale, offset = scale_slopes(grad_TO, x_TI, output.reshape(-1, rows), bias, affine)
+                dots = quantizer.kernels().dots
+                scale, offset = scale_slopes(grad_TO, x_TI, output.reshape(-1, rows), bias, affine, dots)
             weight_OI = factored_weight(quantizer, affine, grad_TO, x_TI, large)
         elif large or any(ctx.needs_input_grad[3:5]):
             scale = torch.empty_like(scale_OG)

@@ -18,6 +18,8 @@ at R = 32 and groups of 32 is what g^T X takes. There row tiles of dL/dW are the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,23 +29,29 @@ TOKENS_AT_ONCE = 256  # of float32 temporaries [T, O]
 SPARSE = 256  # weights for each clipped one, above which clipped ones are looked at one by one
 
 
+def dots(grad_KO: Tensor, output_KO: Tensor) -> Tensor:
+    """sum over t of g * Y, float32 [O]."""
+    return (grad_KO.float() * output_KO.float()).sum(0)
+
+
 def scale_slopes(
-    grad_TO: Tensor, x_TI: Tensor, output_TO: Tensor, bias_O: Tensor | None, affine: Affine
+    grad_TO: Tensor,
+    x_TI: Tensor,
+    output_TO: Tensor,
+    bias_O: Tensor | None,
+    affine: Affine,
+    dots: Callable[[Tensor, Tensor], Tensor] = dots,
 ) -> tuple[Tensor, Tensor | None]:
-    """(dL/ds, dL/dm) under frozen levels, float32 [O, 1]; dL/dm is None where there is no m."""
+    """(dL/ds, dL/dm) under frozen levels, float32 [O, 1]; dL/dm is None where there is no m. `dots` may be compiled."""
     dot_O = torch.zeros_like(affine.scale_OG[:, 0])
     sums_O = torch.zeros_like(dot_O)
-    total_O = torch.zeros_like(dot_O)
     chunks = (tensor.split(TOKENS_AT_ONCE) for tensor in (grad_TO, x_TI, output_TO))
     for grad_KO, x_KI, output_KO in zip(*chunks, strict=True):
-        g_KO = grad_KO.float()
-        dot_O += (g_KO * output_KO).sum(0)
+        dot_O += dots(grad_KO, output_KO)
         if affine.offset_OG is not None:
-            sums_O += x_KI.sum(1, dtype=torch.float32) @ g_KO
-        if bias_O is not None:
-            total_O += g_KO.sum(0)
+            sums_O += x_KI.sum(1, dtype=torch.float32) @ grad_KO.float()
     if bias_O is not None:
-        dot_O -= bias_O * total_O
+        dot_O -= bias_O * grad_TO.sum(0, dtype=torch.float32)
     if affine.offset_OG is None:
         return dot_O[:, None] / affine.scale_OG, None
     return (dot_O[:, None] - affine.offset_OG * sums_O[:, None]) / affine.scale_OG, sums_O[:, None]

@@ -3,6 +3,7 @@
     weigh           x = latent(pieces);  l = nearest(x);  W^ = s * l + m
     weigh_counting  the same, and how many x are clipped
     differentiate   the same, and with g = dL/dW^:  dL/d(large) [K, I], dL/ds [K, G], dL/dm [K, G]
+    dots            of some tokens, sum of dL/dY * Y (`lrqat.methods.factored`)
 
 Plain torch makes a dozen passes over the tile; torch.compile makes one of each function, with the same bits: nothing
 is reordered but the sums of dL/ds and dL/dm.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lrqat.grid import Affine, Grid, dequantize
+from lrqat.methods.factored import dots
 
 Pieces = tuple[Tensor, ...]
 
@@ -41,17 +43,19 @@ SlopesOf = Callable[[Grid, Affine, Tensor, Tensor, Tensor], Slopes]
 
 
 class Kernels(NamedTuple):
-    """The functions of a method on a grid; all return the weight in the given dtype first.
+    """The functions of a method on a grid; those of tiles return the weight in the given dtype first.
 
     Attributes:
         weigh: (pieces, affine, dtype).
         weigh_counting: (pieces, affine, dtype); and the number of clipped weights, int64.
         differentiate: (pieces, affine, dL/dW^, dtype); and the gradients.
+        dots: (dL/dY, Y), of some tokens, -> float32 [O].
     """
 
     weigh: Callable[[Pieces, Affine, torch.dtype], Tensor]
     weigh_counting: Callable[[Pieces, Affine, torch.dtype], tuple[Tensor, Tensor]]
     differentiate: Callable[[Pieces, Affine, Tensor, torch.dtype], tuple[Tensor, Slopes]]
+    dots: Callable[[Tensor, Tensor], Tensor]
 
 
 @lru_cache
@@ -81,7 +85,7 @@ def kernels(latent_of: LatentOf, slopes: SlopesOf, grid: Grid, compiled: bool) -
         weight_KI = dequantize(levels_KI, affine).to(dtype)
         return weight_KI, slopes(grid, affine, latent_KI, levels_KI, grad_KI.float())
 
-    functions = Kernels(weigh, weigh_counting, differentiate)
+    functions = Kernels(weigh, weigh_counting, differentiate, dots)
     return Kernels(*[_compiled(function) for function in functions]) if compiled else functions
 
 
@@ -89,18 +93,18 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel by torch.compile."""
     compiled = torch.compile(function, dynamic=False)
 
-    def call(pieces: Pieces, affine: Affine, *rest: Any) -> Any:
-        any_rows(*pieces, *affine, *(value for value in rest if isinstance(value, Tensor)))
-        return compiled(pieces, affine, *rest)
+    def call(*given: Any) -> Any:
+        any_rows(*(value for one in given for value in (one if isinstance(one, tuple) else (one,))))
+        return compiled(*given)
 
     return call
 
 
-def any_rows(*tensors: Tensor | None) -> None:
+def any_rows(*values: Any) -> None:
     """One compilation for any number of rows; columns and groups are constants to it, else nothing is vectorized."""
-    for tensor in tensors:
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    for value in values:
+        if isinstance(value, Tensor):
+            torch._dynamo.maybe_mark_dynamic(value, 0)
 
 
 def by_group(values_KI: Tensor, grid: Grid) -> Tensor:

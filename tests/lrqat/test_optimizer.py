@@ -12,6 +12,7 @@ from lrqat.errors import LrqatError
 from lrqat.optimizer import check_optimizer, load_state, make_optimizer, moment_bytes, state_of
 from lrqat.settings import OPTIMIZERS
 
+torchao = pytest.importorskip("torchao", reason="moments in 8 bits need torchao, which slows every import")
 SHAPES = ((64, 128), (7, 3))  # 8192 numbers; too few for 8 bits
 
 
