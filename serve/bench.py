@@ -2,8 +2,9 @@
 
 All models are served at once, each by a server of its own, and the first by two: the second of them shows what the
 measurement itself is worth. In every round each server gets, in an order drawn anew, the same prompt of `prompt_tokens`
-for one token, and then the same short prompt for `generated_tokens`. A round is a pair (of each model with the first),
-so what the machine does meanwhile meets both sides.
+for one token, and then the same short prompt for `generated_tokens`; the others are stopped meanwhile (SIGSTOP), since
+an idle server may poll. A round is a pair (of each model with the first), so what the machine does meanwhile meets both
+sides.
 
 Where a model lies in memory makes it faster or slower by several percent, for as long as it lies there: two servers
 that map one file share its pages, a copy of that file has others (docs/log.md). So there are several sittings: each
@@ -255,7 +256,9 @@ def _measure(
         found: dict[str, dict[str, float]] = {label: {} for label in servers}
         for prompt, count in prompts:
             for label in rng.permutation(list(servers)).tolist():
-                timing, cpu = _ask(servers[label], prompt, count)
+                others = [server.pid for other, server in servers.items() if other != label]
+                with meter.stopped(others):
+                    timing, cpu = _ask(servers[label], prompt, count)
                 if count == 1:
                     found[label] |= {"ttft_s": timing.first, "prompt_cpu_s": cpu}
                 else:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,24 @@ def cpu_seconds(pid: int) -> float:
 def peak_bytes(pid: int) -> int:
     """The most resident memory of a process and its descendants, each at its own peak."""
     return sum(_peak_bytes(process) for process in _tree(pid))
+
+
+@contextmanager
+def stopped(pids: Sequence[int]) -> Iterator[None]:
+    """Processes and their descendants do nothing (SIGSTOP) until this ends; those that are gone already, anyway."""
+    held: list[psutil.Process] = []
+    for pid in pids:
+        with suppress(LrqatError):
+            held += _tree(pid)
+    try:
+        for process in held:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        yield
+    finally:
+        for process in held:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def _tree(pid: int) -> Iterator[psutil.Process]:

@@ -145,6 +145,24 @@ def test_cpu_time_is_that_of_a_process_and_its_children() -> None:
         meter.cpu_seconds(process.pid)
 
 
+def test_what_is_stopped_does_nothing_until_it_goes_on() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(1, flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    ) as spin:
+        try:
+            assert spin.stdout is not None and spin.stdout.readline() == b"1\n"
+            with meter.stopped([spin.pid]):
+                time.sleep(0.05)  # until the signal has arrived
+                before = meter.cpu_seconds(spin.pid)
+                time.sleep(0.2)
+                assert meter.cpu_seconds(spin.pid) == before
+            deadline = time.monotonic() + SECONDS
+            while meter.cpu_seconds(spin.pid) < before + 0.05:
+                assert time.monotonic() < deadline
+        finally:
+            spin.kill()
+
+
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     assert bench_cli.main([str(word) for word in words]) == 2
     out, err = capsys.readouterr()
