@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import resource
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from lrqat.assign import Assignment
 from lrqat.estimate import estimate
 from lrqat.grid import Affine, Grid
 from lrqat.layers import quantizers, swap
-from lrqat.memory import keep_freed_memory
+from lrqat.memory import keep_freed_memory, status_bytes
 from lrqat.methods.lr_qat import LRQAT
 from lrqat.offload import offloaded
 from lrqat.optimizer import state_of
@@ -58,9 +57,9 @@ SCALE = 2.0**-9  # of every group: weights of a few hundredths
 
 def memory(key: str) -> int:
     """VmHWM, RssAnon ... of this process, in bytes."""
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    found = status_bytes(key)
+    assert found is not None
+    return found
 
 
 def forget_peak() -> None:
@@ -189,7 +188,7 @@ def held(model: Any, optimizer: Any) -> dict[str, int]:
         "dense": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
         "trained": sum(p.nbytes for p in trained),
         "gradients": sum(p.grad.nbytes for p in trained if p.grad is not None),
-        "moments": sum(t.nbytes for name, t in state_of(optimizer)[0].items() if t.ndim and not name.endswith("qmap")),
+        "moments": sum(t.nbytes for t in state_of(optimizer)[0].values() if t.ndim),
     }
 
 
@@ -237,8 +236,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = skeleton(args.shape)
     decided = plan(model, Assignment.make(Grid.parse(settings.grid)), settings.rank)
     predicted = estimate(model, decided, settings)
-    weights = sum(site.shape[0] * site.shape[1] for name, site in decided.sites.items() if name in decided.grids)
-    print(f"{args.shape}: {weights / 1e9:.2f} billion weights, {decided}", file=sys.stderr)
+    print(f"{args.shape}: {decided.weights / 1e9:.2f} billion weights, {decided}", file=sys.stderr)
     before = memory("VmRSS")
     folder.joinpath("run").mkdir()
     fill_dense(model, folder / "dense.safetensors")
@@ -279,7 +277,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "rank": args.rank,
         "tokens": args.tokens,
         "offload": args.offload,
-        "weights": weights,
+        "weights": decided.weights,
         "peak_gb": round(after.peak / 1e9, 3),
         "predicted_gb": round(predicted.total / 1e9, 3),
         "peak_building_gb": round(built / 1e9, 3),

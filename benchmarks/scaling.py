@@ -72,8 +72,7 @@ def prepared(
         optimizer.step()
         optimizer.zero_grad()
 
-    weights = sum(site.shape[0] * site.shape[1] for name, site in decided.sites.items() if name in decided.grids)
-    return step, weights
+    return step, decided.weights
 
 
 def measure(points: Sequence[Callable[[], None]], rounds: int) -> list[float]:

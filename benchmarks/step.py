@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -81,6 +80,7 @@ def one(case: str, args: argparse.Namespace) -> None:
     import torch
 
     from lrqat.command import set_threads
+    from lrqat.console import peak_memory_gb
     from lrqat.trainer import LossModel
 
     set_threads(args.threads)
@@ -115,8 +115,7 @@ def one(case: str, args: argparse.Namespace) -> None:
         return
     for _ in sys.stdin:
         found = {**take(), **sizes}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({**found, "peak_memory_gb": round(peak / 1e9, 3)}), flush=True)
+        print(json.dumps({**found, "peak_memory_gb": round(peak_memory_gb(), 3)}), flush=True)
 
 
 def step(child: subprocess.Popen[str], case: str) -> dict[str, float]:

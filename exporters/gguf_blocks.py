@@ -203,7 +203,8 @@ def pack(tensor: FusedTensor, kind: BlockType) -> Tensor:
     planes |= {name: planes[name] + np.uint8(offset) for name, offset in kind.offsets.items()}
     if "sub_minimums" in planes:
         planes["subs"] = _join(planes["sub_scales"], planes["sub_minimums"])
-    packed, runs = np.empty(blocks, kind.struct), {}
+    runs = {name: split(planes[name], *size) for name, size in kind.runs.items()}
+    packed = np.empty(blocks, kind.struct)
     for place, field in enumerate(kind.fields):
         values_NC, fits = planes[field.plane], field.plane == "codes" and kind.grid.bits * field.ways <= 8
         if field.ways == 1:
@@ -211,10 +212,7 @@ def pack(tensor: FusedTensor, kind: BlockType) -> Tensor:
         elif field.span == 1:
             folded = fold_neighbours(values_NC, field, fits)
         else:
-            run, count = kind.runs[field.plane]
-            if field.plane not in runs:
-                runs[field.plane] = split(values_NC, run, count)
-            folded = fold(runs[field.plane], run, field, fits).reshape(blocks, -1)
+            folded = fold(runs[field.plane], kind.runs[field.plane][0], field, fits).reshape(blocks, -1)
         if kind.negated:
             folded = (folded.view("<u2") ^ TURNED[field.plane]).view(np.uint8)
         packed[str(place)] = folded.view(kind.struct[place])[:, 0]

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrqat.memory import status_bytes
 from lrqat.ranks import rank
 
 if TYPE_CHECKING:
     import torch
 
 LOG_SECONDS = 30.0
-STATUS = Path("/proc/self/status")  # proc(5); getrusage's ru_maxrss begins with what the parent held when it forked
 
 
 def bar(items: Sequence[Any] | torch.Tensor, label: str) -> Iterator[Any]:
@@ -47,8 +45,8 @@ def peak_memory_gb() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    if STATUS.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())):
-        return int(found[1]) * 1024 / 1e9
+    if (own := status_bytes("VmHWM")) is not None:  # ru_maxrss begins with what the parent held when it forked
+        return own / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 

@@ -23,7 +23,7 @@ BETAS = (0.9, 0.95)  # the paper's
 BLOCK = 256  # numbers with a common scale
 SMALLEST = 4096  # numbers of a parameter
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-PARTS = ("codes", "scale", "qmap")  # of an 8-bit moment; qmap is the same for all
+PARTS = ("codes", "scale")  # of an 8-bit moment
 
 
 def check_optimizer(name: str) -> None:
@@ -86,5 +86,8 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], 
 def _eight_bits(name: str, parts: dict[str, Tensor]) -> Tensor:
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    found: Tensor = OptimState8bit(*(parts[part] for part in PARTS), SIGNED[name], torch.float32)
-    return found
+    found = OptimState8bit.zeros(parts["codes"].shape, SIGNED[name], BLOCK, dtype=torch.float32)
+    for part, values in parts.items():
+        getattr(found, part).copy_(values)
+    moment: Tensor = found
+    return moment

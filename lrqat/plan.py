@@ -35,6 +35,11 @@ class Plan:
         kinds = (*TRAINED, UNKNOWN)
         return [name for name, site in self.sites.items() if site.kind in kinds and name not in self.grids]
 
+    @property
+    def weights(self) -> int:
+        """How many numbers are quantized."""
+        return sum(self.sites[name].shape[0] * self.sites[name].shape[1] for name in self.grids)
+
     def __str__(self) -> str:
         counts = Counter(map(str, self.grids.values()))
         skipped = f"; {len(self.skipped)} skipped" if self.skipped else ""

@@ -40,7 +40,7 @@ def scale_slopes(
     output_TO: Tensor,
     bias_O: Tensor | None,
     affine: Affine,
-    dots: Callable[[Tensor, Tensor], Tensor] = dots,
+    dots: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """(dL/ds, dL/dm) under frozen levels, float32 [O, 1]; dL/dm is None where there is no m. `dots` may be compiled."""
     dot_O = torch.zeros_like(affine.scale_OG[:, 0])
