@@ -13,11 +13,11 @@ import ctypes
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
 from lrqat.errors import LrqatError
-from lrqat.memory import status_bytes
 
 
 def cpu_seconds(pid: int) -> float:
@@ -69,5 +69,10 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def _peak_bytes(process: psutil.Process) -> int:
-    peak = status_bytes("VmHWM", process.pid)
-    return int(process.memory_info().rss) if peak is None else peak  # other systems: what it holds now
+    try:
+        for line in Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(process.memory_info().rss)  # other systems: what it holds now
