@@ -49,6 +49,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, heads of keys and values
     "1b": (2048, 5632, 22, 32, 4),  # TinyLlama
     "7b": (4096, 11008, 32, 32, 32),  # Llama 2
     "13b": (5120, 13824, 40, 40, 40),
+    "70b": (8192, 28672, 80, 64, 8),
 }
 VOCABULARY = 32000
 NOISE_BYTES = 1 << 22  # of random codes, repeated: whole words of a generator

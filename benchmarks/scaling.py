@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrqat.begin import swap_for_training
 from lrqat.command import set_threads
+from lrqat.optimizer import make_optimizer
 from lrqat.plan import plan
 from lrqat.settings import TrainSettings
 from lrqat.trainer import LossModel
@@ -62,7 +63,7 @@ def prepared(
     swap_for_training(model, decided, settings)
     loss = LossModel(model.train())
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = make_optimizer("adamw", [{"params": trained, "lr": LEARNING_RATE}])
     ids_BT = torch.randint(0, config.vocab_size, (blocks, seq_len))
     teacher_BTH = torch.randn(blocks, seq_len, config.hidden_size).to(torch.bfloat16)
 

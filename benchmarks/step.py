@@ -5,10 +5,14 @@ take steps in turn, in an order drawn anew for every round, one at a time: what 
 Ratios are to the first case, the median over rounds.
 
     frozen              forward, and backward through the activations alone: the floor
-    lora                PEFT's LoRA on all linear layers, nothing rounded (needs `pip install peft`)
+    lora                PEFT's LoRA on all linear layers, nothing rounded; adapters in float32, as PEFT makes them and
+                        lrqat has them, under bfloat16 autocast, as Trainer does (needs `pip install peft`)
+    lora-bf16           the same with adapters in bfloat16, and Adam's moments with them
     full                full fine-tuning, nothing rounded
     METHOD@GRID         lrqat, lsq, scales or l4q
     lrqat-tiles@GRID    lrqat with dL/dW formed row tile by row tile, where it would not be
+    torchao@GRID        torchao's QAT of all weights, in float32 under autocast (needs `pip install torchao`)
+    nncf@GRID           NNCF's FQ_LORA, likewise (needs `pip install nncf`)
 
     python benchmarks/step.py MODEL --cases lora lrqat@w4 lsq@w4 --rounds 8 --compile
     python benchmarks/step.py MODEL --cases lrqat@w4g32 --profile       # where the time goes, operator by operator
@@ -28,8 +32,9 @@ import sys
 import time
 from typing import Any
 
-CASES = ("lora", "frozen", "full", "lsq@w4", "lrqat-tiles@w4", "lrqat@w4", "lrqat@w4g32")
+CASES = ("lora", "lora-bf16", "frozen", "full", "lsq@w4", "lrqat-tiles@w4", "lrqat@w4", "lrqat@w4g32")
 METRICS = ("seconds", "cpu_seconds")
+AUTOCAST = ("lora", "torchao", "nncf")  # cases whose users train float32 parameters so
 LEARNING_RATE = 1e-6  # finite, and no rate that would move much
 PROFILED = 15  # operators
 WARM_UP = 2  # steps that are not counted: compilation, memory from the system
@@ -40,6 +45,7 @@ def model_of(case: str, args: argparse.Namespace) -> Any:
     import torch
 
     from lrqat.begin import swap_for_training
+    from lrqat.grid import Grid
     from lrqat.layers import quantizers
     from lrqat.methods.lr_qat import LRQAT
     from lrqat.models import locate
@@ -47,14 +53,18 @@ def model_of(case: str, args: argparse.Namespace) -> Any:
     from lrqat.settings import TrainSettings
 
     base = locate(args.model)
+    if case.startswith(("torchao", "nncf")):
+        tool, grid = case.split("@")
+        other = torchao_model if tool == "torchao" else nncf_model
+        return other(base.model(torch.float32).requires_grad_(True), Grid.parse(grid), args.rank).train()
     model = base.model(torch.bfloat16)
-    if case in ("frozen", "lora"):
+    if case.startswith(("frozen", "lora")):
         model.requires_grad_(False)
-    if case == "lora":
-        from peft import LoraConfig, inject_adapter_in_model
+    if case.startswith("lora"):
+        from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = inject_adapter_in_model(config, model)
+        get_peft_model(model, config, autocast_adapter_dtype=case == "lora")
     if "@" in case:
         method, grid = case.split("@")
         settings = TrainSettings(
@@ -75,12 +85,70 @@ def model_of(case: str, args: argparse.Namespace) -> Any:
     return model.train()
 
 
+def torchao_model(model: Any, grid: Any, _: int) -> Any:
+    """torchao's QAT of symmetric weights."""
+    import torch
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerAxis, PerGroup
+    from torchao.quantization.qat import QATConfig
+
+    granularity: Any = PerAxis(0) if grid.group_size == -1 else PerGroup(grid.group_size)
+    base = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{grid.bits}"), granularity=granularity)
+    head = model.get_output_embeddings()
+    quantize_(
+        model,
+        QATConfig(base, step="prepare"),
+        filter_fn=lambda module, _: isinstance(module, torch.nn.Linear) and module is not head,
+    )
+    return model
+
+
+def nncf_model(model: Any, grid: Any, rank: int) -> Any:
+    """NNCF's FQ_LORA of symmetric 4-bit weights."""
+    import nncf
+    import torch
+    from nncf.torch.function_hook.wrapper import get_hook_storage
+    from nncf.torch.quantization.layers import SymmetricLoraQuantizer
+
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(8)[None]}
+    model.config.use_cache = False
+    model = nncf.compress_weights(
+        model.eval(),
+        mode=nncf.CompressWeightsMode.INT4_SYM,
+        group_size=grid.group_size,
+        backup_mode=nncf.BackupMode.NONE,
+        dataset=nncf.Dataset([example]),
+        compression_format=nncf.CompressionFormat.FQ_LORA,
+        advanced_parameters=nncf.AdvancedCompressionParameters(lora_adapter_rank=rank),
+    )
+    model.requires_grad_(False)
+    for _, hook in get_hook_storage(model).named_hooks():
+        if isinstance(hook, SymmetricLoraQuantizer) and hook.num_bits == grid.bits:
+            hook.enable_gradients()
+    return model
+
+
+def nncf_loss(model: Any, ids: Any, teacher: Any) -> Any:
+    """KL to the teacher from all logits at once: NNCF's hooks work in the whole model's forward only."""
+    import torch
+    from torch.nn import functional as F
+
+    with torch.no_grad():
+        wanted = model.get_output_embeddings()(teacher)
+    mask = torch.ones_like(ids)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(1) - 1).logits
+    rows = (x.flatten(0, 1).float().log_softmax(1) for x in (logits, wanted))
+    return F.kl_div(*rows, log_target=True, reduction="batchmean")
+
+
 def one(case: str, args: argparse.Namespace) -> None:
     """A case's process: one JSON line for every line that comes in."""
     import torch
 
     from lrqat.command import set_threads
     from lrqat.console import peak_memory_gb
+    from lrqat.optimizer import make_optimizer
     from lrqat.trainer import LossModel
 
     set_threads(args.threads)
@@ -88,7 +156,7 @@ def one(case: str, args: argparse.Namespace) -> None:
     model = model_of(case, args)
     loss = LossModel(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0) if trained else None
+    optimizer = make_optimizer("adamw", [{"params": trained, "lr": LEARNING_RATE}]) if trained else None
     config = model.config.get_text_config()
     shape = (args.batch_size, args.seq_len)
     if not trained:  # a gradient has to reach the first layer
@@ -99,7 +167,9 @@ def one(case: str, args: argparse.Namespace) -> None:
         ids = torch.randint(0, config.vocab_size, shape)
         teacher = torch.randn(*shape, config.hidden_size).to(torch.bfloat16)
         begun, cpu = time.perf_counter(), time.process_time()
-        loss(ids, teacher)["loss"].backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.partition("@")[0] in AUTOCAST):
+            found = nncf_loss(model, ids, teacher) if case.startswith("nncf") else loss(ids, teacher)["loss"]
+        found.backward()
         if optimizer is not None:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()

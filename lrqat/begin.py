@@ -212,6 +212,7 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
             lr=settings.lr,
             lr_scales=settings.block_lr_scales,
             seed=settings.seed,
+            compile=settings.compile,
         ),
         prepare=gptq if "gptq" in settings.beginning.steps else None,
         finish=frozen_codes,
@@ -219,4 +220,6 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
         key=key,
     )
     log(f"block-ap: relative error of the last layer's output {losses[-1].after:.3g}")
+    if settings.compile:
+        compile_tiles(model)
     Rounding().but(None, settings.kv).apply(model)  # Block-AP's targets and inputs have none

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lrqat.console import bar
 from lrqat.errors import LrqatError
 from lrqat.fused import open_safetensors
-from lrqat.layers import Make, quantizers, swap
+from lrqat.layers import Make, compile_tiles, quantizers, swap
 from lrqat.methods.base import WeightQuantizer
 from lrqat.methods.gains import GainQuantizer
 from lrqat.methods.scales import Scales
@@ -54,6 +54,7 @@ class BlockSettings:
         lr_scales: of the gains, which are relative.
         last_lr: both fall along a cosine to this share.
         seed: of the order of the blocks.
+        compile: the quantizers' element-wise work.
     """
 
     epochs: int = 2
@@ -62,6 +63,7 @@ class BlockSettings:
     lr_scales: float = 1e-3
     last_lr: float = 0.05
     seed: int = 0
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def block_ap(
             prepare(walk, number, student_NTH)
         swap(model, inside(plan, f"{walk.name}.{number}."), make)
         layer = walk.layers[number]
+        if settings.compile:
+            compile_tiles(layer)
         if not done:
             before = relative_error(walk.run(number, student_NTH), teacher_NTH)
             train_layer(walk, number, student_NTH, teacher_NTH, settings, order)

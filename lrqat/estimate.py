@@ -170,24 +170,26 @@ class Keeping(torch.autograd.Function):
     """A linear layer that keeps what `lrqat.methods.base.QuantizedLinear` keeps, without computing anything."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: int, keeps_output: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: int, keeps_output: bool, keeps_codes: bool) -> Tensor:
         """[..., I] -> [..., O]."""
         output = x.new_empty(*x.shape[:-1], rows)
-        ctx.save_for_backward(x, output if keeps_output else None)
+        codes_OI = x.new_empty(rows, x.shape[-1], dtype=torch.uint8) if keeps_codes else None
+        ctx.save_for_backward(x, output if keeps_output else None, codes_OI)
         return output
 
 
 class KeepingLinear(nn.Module):
     """In the place of a quantized linear layer."""
 
-    def __init__(self, rows: int, keeps_output: bool) -> None:
+    def __init__(self, rows: int, keeps_output: bool, keeps_codes: bool) -> None:
         super().__init__()
         self.rows = rows
         self.keeps_output = keeps_output
+        self.keeps_codes = keeps_codes
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        output: Tensor = Keeping.apply(x, self.rows, self.keeps_output)
+        output: Tensor = Keeping.apply(x, self.rows, self.keeps_output, self.keeps_codes)
         return output
 
 
@@ -206,9 +208,10 @@ def _kept(skeleton: Any, plan: Plan, settings: TrainSettings, layers: int) -> fl
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    factored = settings.method in FACTORED and settings.lr_scales > 0
-    keeps_output = {
-        site.origin.parameter: factored and grid.columns_per_group(site.shape[1]) == site.shape[1]
+    keeps_output = settings.method in FACTORED and settings.lr_scales > 0
+    keeps_codes = settings.method == "lrqat" and settings.gradient_checkpointing
+    factored = {
+        site.origin.parameter: grid.columns_per_group(site.shape[1]) == site.shape[1]
         for name, grid in plan.grids.items()
         if (site := plan.sites[name]).kind in TRAINED
     }
@@ -222,8 +225,9 @@ def _kept(skeleton: Any, plan: Plan, settings: TrainSettings, layers: int) -> fl
     with FakeTensorMode():
         model = type(skeleton)._from_config(config, dtype=dtype).requires_grad_(False).eval()
         for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and f"{path}.weight" in keeps_output:
-                model.set_submodule(path, KeepingLinear(module.out_features, keeps_output[f"{path}.weight"]))
+            if isinstance(module, nn.Linear) and (whole := factored.get(f"{path}.weight")) is not None:
+                layer = KeepingLinear(module.out_features, whole and keeps_output, whole and keeps_codes)
+                model.set_submodule(path, layer)
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         embedding = model.get_input_embeddings()
         ids_BT = torch.zeros(settings.batch_size, settings.seq_len, dtype=torch.int64)

@@ -21,7 +21,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from lrqat.errors import LrqatError
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Parts = Mapping[str, "Tensor"]
+Rows: TypeAlias = "slice | Tensor"  # of a weight: a run of them, or their numbers, int64
 
 
 class Affine(NamedTuple):
@@ -38,7 +39,7 @@ class Affine(NamedTuple):
     scale_OG: Tensor
     offset_OG: Tensor | None
 
-    def rows(self, rows: slice) -> Affine:
+    def rows(self, rows: Rows) -> Affine:
         """The same for some rows."""
         return Affine(self.scale_OG[rows], None if self.offset_OG is None else self.offset_OG[rows])
 

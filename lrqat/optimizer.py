@@ -35,7 +35,7 @@ def check_optimizer(name: str) -> None:
 def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Without weight decay: it would pull A B to zero, which is the start, not a prior."""
     if name == "adamw":
-        return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
+        return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
     from torchao.optim import AdamW8bit
 
     found: torch.optim.Optimizer = AdamW8bit(groups, betas=BETAS, weight_decay=0.0, block_size=BLOCK)

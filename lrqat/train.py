@@ -37,7 +37,7 @@ from lrqat.errors import LrqatError
 from lrqat.experts import QuantExperts
 from lrqat.fused import FusedCheckpoint, is_fused, read_json, write_json
 from lrqat.jsonfile import read_metrics
-from lrqat.layers import fuse_model
+from lrqat.layers import fuse_model, quantizers
 from lrqat.losses import body_and_head, head_of
 from lrqat.models import Base, locate
 from lrqat.offload import check_offload, offloaded, streamed
@@ -255,6 +255,8 @@ def make_trainer(
 
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for quantizer in quantizers(model).values():
+            quantizer.checkpointed = True
     loss_model = LossModel(model, teacher_VH)
     copy_first(loss_model)
     trained = loss_model.trained()

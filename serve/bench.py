@@ -2,15 +2,17 @@
 
 All models are served at once, each by a server of its own, and the first by two: the second of them shows what the
 measurement itself is worth. In every round each server gets, in an order drawn anew, the same prompt of `prompt_tokens`
-for one token, and then the same short prompt for `generated_tokens`; the others are stopped meanwhile (SIGSTOP), since
-an idle server may poll. A round is a pair (of each model with the first), so what the machine does meanwhile meets both
-sides.
+for one token, and then the same short prompt for `generated_tokens`. An idle server may poll: the others are stopped
+meanwhile (SIGSTOP), and the one that is asked has rested until it no longer does (`RESTED`). A round is a pair (of each
+model with the first), so what the machine does meanwhile meets both sides.
 
 Where a model lies in memory makes it faster or slower by several percent, for as long as it lies there: two servers
 that map one file share its pages, a copy of that file has others (docs/log.md). So there are several sittings: each
-loads every model again, a file from a copy of its own. vLLM reads weights into memory of its own anyway.
-Ratios are first / other, geometric means over all rounds; intervals come from resampling sittings, and rounds within
-them.
+loads every model again, another one first each time, a file from a copy of its own. vLLM reads weights into memory of
+its own anyway.
+
+Ratios are first / other: of all rounds' the geometric mean without the least and the greatest fifth, since now and then
+one costs half as much again. Intervals come from resampling sittings, and rounds within them.
 
     ttft_s         seconds until the first token of the long prompt
     itl_s          seconds between two generated tokens
@@ -67,9 +69,11 @@ MIN_SAMPLES = 5  # below, an interval would only be the range
 WARM_UP = 2  # rounds that are not counted: page faults, lazy initialization
 SHORT_PROMPT = 16  # tokens before those that are generated
 SPARE = 16  # positions of the context that are left over
+RESTED = {"vllm": 1.5}  # seconds since its last answer; vllm/distributed/device_communicators/shm_broadcast.py polls 1
 SETTLE = 0.02  # seconds until a server has put away what it answered
 INSTANT = 1e-6  # seconds: of two tokens that came in one packet
 NOISE = " (again)"
+TRIMMED = 0.2  # of the rounds, at both ends
 GPU_MEMORY = 0.9  # of it, for all servers together
 CPU, WALL = ("prompt_cpu_s", "token_cpu_s"), ("ttft_s", "itl_s")
 PER_ROUND = (*WALL, *CPU)
@@ -132,9 +136,11 @@ def bench(paths: Sequence[Path], settings: Settings, text: str) -> dict[str, Any
     judged_by = WALL if gpu else CPU  # what a GPU computes is no CPU time
     samples: dict[str, Samples] = {label: {} for label in served}
     rng = np.random.default_rng(settings.seed)
-    for number in range(1, settings.sittings + 1):
-        log(f"sitting {number}/{settings.sittings}")
-        for label, found in _sit(served, settings, text, rng, share).items():
+    for number in range(settings.sittings):
+        log(f"sitting {number + 1}/{settings.sittings}")
+        turn = number % len(served)
+        order = [*served][turn:] + [*served][:turn]
+        for label, found in _sit({label: served[label] for label in order}, settings, text, rng, share).items():
             for metric, values in found.items():
                 samples[label].setdefault(metric, []).append(values)
     ratios = {label: _ratios(samples[first], samples[label]) for label in served if label != first}
@@ -168,16 +174,25 @@ def interval(first: Sequence[Sequence[float]], other: Sequence[Sequence[float]])
     """
     logs_SR = np.log(np.asarray(first, dtype=np.float64) / np.asarray(other, dtype=np.float64))
     sittings, rounds = logs_SR.shape
-    found: dict[str, Any] = {"ratio": float(np.exp(logs_SR.mean())), "low": None, "high": None, "samples": logs_SR.size}
+    ratio = float(np.exp(trimmed_mean(logs_SR.ravel())))
+    found: dict[str, Any] = {"ratio": ratio, "low": None, "high": None, "samples": logs_SR.size}
     if logs_SR.size >= MIN_SAMPLES:
         rng = np.random.default_rng(0)
         drawn_NS1 = rng.integers(0, sittings, (RESAMPLES, sittings, 1))
         drawn_NSR = rng.integers(0, rounds, (RESAMPLES, sittings, rounds))
-        means_N = logs_SR[drawn_NS1, drawn_NSR].mean(axis=(1, 2))
+        means_N = trimmed_mean(logs_SR[drawn_NS1, drawn_NSR].reshape(RESAMPLES, -1))
         tail = 50 * (1 - CONFIDENCE)
         low, high = np.exp(np.percentile(means_N, [tail, 100 - tail]))
         found |= {"low": float(low), "high": float(high)}
-    return found | {"sittings": np.exp(logs_SR.mean(axis=1)).tolist()}
+    return found | {"sittings": np.exp(trimmed_mean(logs_SR)).tolist()}
+
+
+def trimmed_mean(values_XR: Any) -> Any:
+    """Mean over the last axis, without the least and the greatest `TRIMMED` of it."""
+    ordered_XR = np.sort(values_XR, axis=-1)
+    count = ordered_XR.shape[-1]
+    away = int(count * TRIMMED)
+    return ordered_XR[..., away : count - away].mean(axis=-1)
 
 
 def verdict(found: Sequence[dict[str, Any]]) -> str:
@@ -251,14 +266,18 @@ def _measure(
 ) -> None:
     """All rounds of a sitting; adds to the samples."""
     ids = _token_ids(servers, text, settings)
+    answered = dict.fromkeys(servers, 0.0)
     for number in range(-WARM_UP, settings.rounds):
         prompts = list(_cut(ids, rng, settings))
         found: dict[str, dict[str, float]] = {label: {} for label in servers}
         for prompt, count in prompts:
             for label in rng.permutation(list(servers)).tolist():
+                rested = RESTED.get(servers[label].runtime, 0.0)
+                time.sleep(max(0.0, answered[label] + rested - time.monotonic()))
                 others = [server.pid for other, server in servers.items() if other != label]
                 with meter.stopped(others):
                     timing, cpu = _ask(servers[label], prompt, count)
+                answered[label] = time.monotonic()
                 if count == 1:
                     found[label] |= {"ttft_s": timing.first, "prompt_cpu_s": cpu}
                 else:

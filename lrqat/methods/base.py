@@ -11,11 +11,13 @@ The rest is large and differentiated by hand, in two steps: what is done to ever
 All work goes row tile by row tile, so temporaries stay in cache and no second O x I tensor exists.
 `QuantizedLinear` recomputes W in backward and hands the method dL/dW tile by tile: between forward and
 backward a layer keeps its input and nothing else. Where a method's gradients do not need dL/dW (`factored`), it is not
-formed; the layer keeps its output too.
+formed; the layer keeps its output too. And where only one decoder layer keeps anything (checkpointing), its codes, a
+byte a weight: what is rounded in the second forward pass is not rounded once more in backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrqat.fused import FusedTensor
-from lrqat.grid import Affine, Grid
+from lrqat.grid import Affine, Grid, Rows
 from lrqat.methods.factored import clipped_slopes, scale_slopes
-from lrqat.methods.tiles import Kernels, Pieces, Slopes, by_group, kernels
+from lrqat.methods.tiles import Ends, Kernels, Pieces, Slopes, by_group, kernels
 from lrqat.pages import give_back
 from lrqat.ranges import row_tiles
 
@@ -40,6 +42,7 @@ class WeightQuantizer(nn.Module):
         compiled: `latent_of` and `slopes` run through torch.compile.
         factored: dL/ds and dL/dm are those under frozen levels, and `absorb_product` gives the rest: with one s a row,
             dL/dW is not formed.
+        checkpointed: forward runs again just before backward.
         immutable: names of the tensors of the weight's size that never change (`stored` reads them).
         mapped: they lie in a mapped file (`lrqat.offload`).
     """
@@ -47,6 +50,7 @@ class WeightQuantizer(nn.Module):
     name = "weight"
     compiled = False
     factored = False
+    checkpointed = False
     immutable: tuple[str, ...] = ()
     mapped = False
 
@@ -55,7 +59,7 @@ class WeightQuantizer(nn.Module):
         self.grid = grid
         self.shape = shape
 
-    def pieces(self, rows: slice) -> Pieces:
+    def pieces(self, rows: Rows) -> Pieces:
         """Tensors [rows, I] that the latent weights are made of."""
         raise NotImplementedError
 
@@ -70,10 +74,11 @@ class WeightQuantizer(nn.Module):
         scale_KG = by_group(grad_KI * levels_KI, grid).sum(2)
         return Slopes(None, scale_KG, None if affine.offset_OG is None else by_group(grad_KI, grid).sum(2))
 
-    def stored(self, name: str, rows: slice, device: torch.device) -> Tensor:
+    def stored(self, name: str, rows: Rows, device: torch.device) -> Tensor:
         """Rows of a frozen tensor, wherever it lies, on the device of the rest."""
         tensor: Tensor = getattr(self, name)
-        return tensor[rows].to(device, non_blocking=True)
+        there = rows if isinstance(rows, slice) else rows.to(tensor.device)
+        return tensor[there].to(device, non_blocking=True)
 
     def release(self) -> None:
         """Let go of the memory that frozen tensors in a mapped file take up; it is read again when it is needed."""
@@ -88,14 +93,14 @@ class WeightQuantizer(nn.Module):
         """Parameters that `pieces` reads, by name: `absorb` differentiates them. By default none."""
         return {}
 
-    def absorb(self, rows: slice, large_KI: Tensor, grads: dict[str, Tensor]) -> None:
+    def absorb(self, rows: Rows, large_KI: Tensor, grads: dict[str, Tensor]) -> None:
         """Add to `grads`, which are those of `large()` by name, what `Slopes.large_KI` of these rows gives."""
         raise NotImplementedError
 
     def absorb_product(self, grad_TO: Tensor, x_TI: Tensor, scale_O: Tensor, grads: dict[str, Tensor]) -> None:
         """Add to `grads` what all of dL/du = s * (dY^T X) gives, as if nothing were clipped. By default nothing."""
 
-    def latent(self, rows: slice, affine: Affine) -> Tensor:
+    def latent(self, rows: Rows, affine: Affine) -> Tensor:
         """Float32 [rows, I]; `affine` is of these rows."""
         return self.latent_of(self.grid, self.pieces(rows), affine)
 
@@ -123,7 +128,7 @@ class WeightQuantizer(nn.Module):
         weigh = self.kernels().weigh
         weight_OI = torch.empty(self.shape, dtype=dtype, device=affine.scale_OG.device)
         for rows in self.tiles():
-            weight_OI[rows] = weigh(self.pieces(rows), affine.rows(rows), dtype)
+            weigh(self.pieces(rows), affine.rows(rows), weight_OI[rows])
         return weight_OI
 
     @torch.no_grad()
@@ -158,18 +163,25 @@ class QuantizedLinear(torch.autograd.Function):
         *large: Tensor,
     ) -> Tensor:
         """[..., I] -> [..., O]; keeps x and the small s and m, and the output where dL/dW is not formed."""
-        output = F.linear(x, quantizer.weight(x.dtype, Affine(scale_OG, offset_OG)), bias)
-        factored = quantizer.factored and scale_OG.shape[1] == 1
-        needs_output = factored and any(ctx.needs_input_grad[3:5])
-        ctx.save_for_backward(x, bias, scale_OG, offset_OG, output if needs_output else None)
+        affine = Affine(scale_OG, offset_OG)
         ctx.quantizer = quantizer
-        ctx.factored = factored
+        ctx.factored = quantizer.factored and scale_OG.shape[1] == 1
+        codes_OI = ends = None
+        if ctx.factored and large and quantizer.checkpointed:
+            codes_OI = torch.empty(quantizer.shape, dtype=torch.uint8, device=scale_OG.device)
+            weight_OI, ends = reaching_weight(quantizer, affine, x.dtype, codes_OI)
+        else:
+            weight_OI = quantizer.weight(x.dtype, affine)
+        output = F.linear(x, weight_OI, bias)
+        needs_output = ctx.factored and any(ctx.needs_input_grad[3:5])
+        kept = (codes_OI, *(ends or (None, None)))
+        ctx.save_for_backward(x, bias, scale_OG, offset_OG, output if needs_output else None, *kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, bias, s, m and the large parameters."""
-        x, bias, scale_OG, offset_OG, output = ctx.saved_tensors
+        x, bias, scale_OG, offset_OG, output, codes_OI, *ends = ctx.saved_tensors
         quantizer: WeightQuantizer = ctx.quantizer
         affine = Affine(scale_OG, offset_OG)
         rows, columns = quantizer.shape
@@ -180,7 +192,15 @@ class QuantizedLinear(torch.autograd.Function):
             if output is not None:
                 dots = quantizer.kernels().dots
                 scale, offset = scale_slopes(grad_TO, x_TI, output.reshape(-1, rows), bias, affine, dots)
-            weight_OI = factored_weight(quantizer, affine, grad_TO, x_TI, large)
+            if codes_OI is not None:
+                weight_OI = coded_weight(quantizer, affine, x.dtype, codes_OI)
+            elif large:
+                weight_OI, ends = reaching_weight(quantizer, affine, x.dtype, None)
+            else:
+                weight_OI = quantizer.weight(x.dtype, affine)
+            if large:
+                quantizer.absorb_product(grad_TO, x_TI, scale_OG[:, 0], large)
+                absorb_clipped(quantizer, affine, ends, grad_TO, x_TI, large)
         elif large or any(ctx.needs_input_grad[3:5]):
             scale = torch.empty_like(scale_OG)
             offset = None if offset_OG is None else torch.empty_like(offset_OG)
@@ -207,7 +227,7 @@ def tiled_weight(
     differentiate = quantizer.kernels().differentiate
     for rows in quantizer.tiles():
         grad_KI = grad_TO[:, rows].T @ x_TI
-        weight_OI[rows], slopes = differentiate(quantizer.pieces(rows), affine.rows(rows), grad_KI, x_TI.dtype)
+        slopes = differentiate(quantizer.pieces(rows), affine.rows(rows), grad_KI, weight_OI[rows])
         if slopes.large_KI is not None and large:
             quantizer.absorb(rows, slopes.large_KI, large)
         scale[rows] = slopes.scale_KG
@@ -216,21 +236,40 @@ def tiled_weight(
     return weight_OI
 
 
-def factored_weight(
-    quantizer: WeightQuantizer, affine: Affine, grad_TO: Tensor, x_TI: Tensor, large: dict[str, Tensor]
-) -> Tensor:
-    """The weight again, and by the way the gradients of the large parameters, without dL/dW."""
-    if not large:
-        return quantizer.weight(x_TI.dtype, affine)
-    quantizer.absorb_product(grad_TO, x_TI, affine.scale_OG[:, 0], large)
-    weight_OI = torch.empty(quantizer.shape, dtype=x_TI.dtype, device=x_TI.device)
-    weigh_counting, tiles, counts = quantizer.kernels().weigh_counting, quantizer.tiles(), []
-    for rows in tiles:
-        weight_OI[rows], clipped = weigh_counting(quantizer.pieces(rows), affine.rows(rows), x_TI.dtype)
-        counts.append(clipped)
-    for rows, clipped in zip(tiles, torch.stack(counts).tolist(), strict=True):
-        if clipped:
-            part = affine.rows(rows)
-            latent_KI = quantizer.latent(rows, part)
-            quantizer.absorb(rows, -clipped_slopes(quantizer.grid, part, latent_KI, grad_TO[:, rows], x_TI), large)
+def reaching_weight(
+    quantizer: WeightQuantizer, affine: Affine, dtype: torch.dtype, codes_OI: Tensor | None
+) -> tuple[Tensor, Ends]:
+    """(the weight, the least and the greatest latent of each row); the codes too, if there is a place for them."""
+    weight_OI = torch.empty(quantizer.shape, dtype=dtype, device=affine.scale_OG.device)
+    weigh, found = quantizer.kernels().weigh_reaching, []
+    for rows in quantizer.tiles():
+        codes_KI = None if codes_OI is None else codes_OI[rows]
+        found.append(weigh(quantizer.pieces(rows), affine.rows(rows), codes_KI, weight_OI[rows]))
+    least, greatest = zip(*found, strict=True)
+    return weight_OI, (torch.cat(least), torch.cat(greatest))
+
+
+def coded_weight(quantizer: WeightQuantizer, affine: Affine, dtype: torch.dtype, codes_OI: Tensor) -> Tensor:
+    """The weight of codes."""
+    weight_OI = torch.empty(quantizer.shape, dtype=dtype, device=affine.scale_OG.device)
+    for rows in quantizer.tiles():
+        quantizer.kernels().weigh_codes(codes_OI[rows], affine.rows(rows), weight_OI[rows])
     return weight_OI
+
+
+def absorb_clipped(
+    quantizer: WeightQuantizer,
+    affine: Affine,
+    ends: Sequence[Tensor],
+    grad_TO: Tensor,
+    x_TI: Tensor,
+    large: dict[str, Tensor],
+) -> None:
+    """Take off again what `absorb_product` added for clipped weights. Rows that hold one are looked at again: few."""
+    low, high = quantizer.grid.bounds
+    least_O, greatest_O = ends
+    clipped_C = ((least_O <= low) | (greatest_O >= high)).nonzero()[:, 0]
+    for rows in clipped_C.split(quantizer.tiles()[0].stop) if len(clipped_C) else ():
+        part = affine.rows(rows)
+        latent_CI = quantizer.latent(rows, part)
+        quantizer.absorb(rows, -clipped_slopes(quantizer.grid, part, latent_CI, grad_TO[:, rows], x_TI), large)

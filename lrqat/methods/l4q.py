@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqat.errors import LrqatError
-from lrqat.grid import Grid, Parts, to_latent
+from lrqat.grid import Grid, Parts, Rows, to_latent
 from lrqat.grids.affine import AffineGrid
 from lrqat.grids.wire import to_fp16
 from lrqat.methods.gains import WeightDomain
@@ -60,7 +60,7 @@ class L4Q(WeightDomain):
         self.a_RI = nn.Parameter(a_RI.to(weight_OI.device))
         self.b_OR = nn.Parameter(torch.zeros(rows, rank, device=weight_OI.device))
 
-    def pieces(self, rows: slice) -> Pieces:
+    def pieces(self, rows: Rows) -> Pieces:
         """W = W0 + (alpha/r) B A."""
         frozen_KI = self.stored("frozen_OI", rows, self.b_OR.device).float()
         return (frozen_KI.addmm(self.b_OR[rows].detach(), self.a_RI.detach(), alpha=self.multiplier),)
@@ -74,10 +74,11 @@ class L4Q(WeightDomain):
         """A and B."""
         return {"a_RI": self.a_RI, "b_OR": self.b_OR}
 
-    def absorb(self, rows: slice, large_KI: Tensor, grads: dict[str, Tensor]) -> None:
-        """Eq. 10-12."""
-        grads["b_OR"][rows].addmm_(large_KI, self.a_RI.detach().T, alpha=self.multiplier)
-        grads["a_RI"].addmm_(self.b_OR[rows].detach().T, large_KI, alpha=self.multiplier)
+    def absorb(self, rows: Rows, large_KI: Tensor, grads: dict[str, Tensor]) -> None:
+        """Eq. 10-12; products in the dtype of dL/dW."""
+        a_RI, b_KR = self.a_RI.detach().to(large_KI.dtype), self.b_OR[rows].detach().to(large_KI.dtype)
+        grads["b_OR"][rows] += (large_KI @ a_RI.T) * self.multiplier
+        grads["a_RI"] += (b_KR.T @ large_KI) * self.multiplier
 
 
 def l4q_start(weight_OI: Tensor, grid: Grid, name: str = "weight") -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqat.errors import LrqatError
-from lrqat.grid import Affine, Grid, Parts, to_latent
+from lrqat.grid import Affine, Grid, Parts, Rows, to_latent
 from lrqat.methods.base import WeightQuantizer
 from lrqat.methods.gains import GainQuantizer
 from lrqat.methods.tiles import Pieces, Slopes, by_group, inside
@@ -95,7 +95,7 @@ class LRQAT(GainQuantizer):
 
         return fill(*self.shape, store)
 
-    def pieces(self, rows: slice) -> Pieces:
+    def pieces(self, rows: Rows) -> Pieces:
         """(Phi0 as it is stored, (alpha/r) A B)."""
         phi_KI = self.stored("phi", rows, self.a_OR.device)
         if self.downcast == "int":
@@ -134,10 +134,11 @@ class LRQAT(GainQuantizer):
         """A and B."""
         return {"a_OR": self.a_OR, "b_RI": self.b_RI}
 
-    def absorb(self, rows: slice, large_KI: Tensor, grads: dict[str, Tensor]) -> None:
-        """dA and dB of dL/du."""
-        grads["a_OR"][rows].addmm_(large_KI, self.b_RI.detach().T, alpha=self.multiplier)
-        grads["b_RI"].addmm_(self.a_OR[rows].detach().T, large_KI, alpha=self.multiplier)
+    def absorb(self, rows: Rows, large_KI: Tensor, grads: dict[str, Tensor]) -> None:
+        """dA and dB of dL/du; products in its dtype."""
+        a_KR, b_RI = self.a_OR[rows].detach().to(large_KI.dtype), self.b_RI.detach().to(large_KI.dtype)
+        grads["a_OR"][rows] += (large_KI @ b_RI.T) * self.multiplier
+        grads["b_RI"] += (a_KR.T @ large_KI) * self.multiplier
 
     def absorb_product(self, grad_TO: Tensor, x_TI: Tensor, scale_O: Tensor, grads: dict[str, Tensor]) -> None:
         """dA = c s * (dY^T (X B^T)),  dB = (dY (c s * A))^T X; products in the activations' dtype."""

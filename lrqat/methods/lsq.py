@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lrqat.grid import Grid, Parts
+from lrqat.grid import Grid, Parts, Rows
 from lrqat.methods.gains import WeightDomain
 from lrqat.methods.tiles import Pieces
 from lrqat.ranges import fill
@@ -44,7 +44,7 @@ class LSQ(WeightDomain):
         begun = fill(*self.shape, lambda rows: self._pack(grid.encode(self.levels(rows, affine))))
         self.register_buffer("begun", begun, persistent=False)
 
-    def pieces(self, rows: slice) -> Pieces:
+    def pieces(self, rows: Rows) -> Pieces:
         """W."""
         return (self.weight_OI.detach()[rows],)
 
@@ -56,6 +56,6 @@ class LSQ(WeightDomain):
         """W."""
         return {"weight_OI": self.weight_OI}
 
-    def absorb(self, rows: slice, large_KI: Tensor, grads: dict[str, Tensor]) -> None:
+    def absorb(self, rows: Rows, large_KI: Tensor, grads: dict[str, Tensor]) -> None:
         """dL/dW itself."""
         grads["weight_OI"][rows] = large_KI

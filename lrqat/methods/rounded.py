@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqat.fused import FusedTensor
-from lrqat.grid import Affine, Grid
+from lrqat.grid import Affine, Grid, Rows
 from lrqat.methods.base import WeightQuantizer
 from lrqat.methods.tiles import Pieces
 
@@ -26,7 +26,7 @@ class Rounded(WeightQuantizer):
         for name, part in fused.parts.items():
             self.wire.register_buffer(name, part.to(device), persistent=False)
 
-    def pieces(self, rows: slice) -> Pieces:
+    def pieces(self, rows: Rows) -> Pieces:
         """The codes."""
         return (self.stored("codes_OI", rows, self.device),)
 

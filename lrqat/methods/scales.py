@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrqat.fused import FusedTensor
-from lrqat.grid import Affine, Grid, Parts, to_latent
+from lrqat.grid import Affine, Grid, Parts, Rows, to_latent
 from lrqat.methods.gains import GainQuantizer
 from lrqat.methods.tiles import Pieces
 from lrqat.ranges import fill
@@ -53,7 +53,7 @@ class Scales(GainQuantizer):
         quantizer.moved_before.fill_(moved)
         return quantizer
 
-    def pieces(self, rows: slice) -> Pieces:
+    def pieces(self, rows: Rows) -> Pieces:
         """The codes."""
         return (self._unpack(self.stored("codes", rows, self.moved_before.device)),)
 

@@ -1,8 +1,9 @@
 """What is done to every weight of a row tile, as pure functions.
 
-    weigh           x = latent(pieces);  l = nearest(x);  W^ = s * l + m
-    weigh_counting  the same, and how many x are clipped
-    differentiate   the same, and with g = dL/dW^:  dL/d(large) [K, I], dL/ds [K, G], dL/dm [K, G]
+    weigh           x = latent(pieces);  l = nearest(x);  W^ = s * l + m, into its place in the weight
+    weigh_reaching  the same, and the least and the greatest x of each row; and the codes of l, if asked for
+    weigh_codes     W^ of such codes
+    differentiate   the same as weigh, and with g = dL/dW^:  dL/d(large) [K, I], dL/ds [K, G], dL/dm [K, G]
     dots            of some tokens, sum of dL/dY * Y (`lrqat.methods.factored`)
 
 Plain torch makes a dozen passes over the tile; torch.compile makes one of each function, with the same bits: nothing
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +24,15 @@ from lrqat.grid import Affine, Grid, dequantize
 from lrqat.methods.factored import dots
 
 Pieces = tuple[Tensor, ...]
+Ends = tuple[Tensor, Tensor]  # the least and the greatest latent of each row, float32 [K]
 
 
 class Slopes(NamedTuple):
     """Gradients from one row tile.
 
     Attributes:
-        large_KI: what `WeightQuantizer.absorb` makes gradients of the large parameters of; None where there are none.
+        large_KI: what `WeightQuantizer.absorb` makes gradients of the large parameters of, in the dtype of dL/dW^; None
+            where there are none.
         scale_KG: dL/ds.
         offset_KG: dL/dm; None where the grid has no offset.
     """
@@ -43,18 +47,20 @@ SlopesOf = Callable[[Grid, Affine, Tensor, Tensor, Tensor], Slopes]
 
 
 class Kernels(NamedTuple):
-    """The functions of a method on a grid; those of tiles return the weight in the given dtype first.
+    """The functions of a method on a grid; those of tiles take where the weight goes last, [K, I] in any float dtype.
 
     Attributes:
-        weigh: (pieces, affine, dtype).
-        weigh_counting: (pieces, affine, dtype); and the number of clipped weights, int64.
-        differentiate: (pieces, affine, dL/dW^, dtype); and the gradients.
+        weigh: (pieces, affine, weight).
+        weigh_reaching: (pieces, affine, codes, weight) -> the rows' ends; codes is uint8 [K, I], to be filled, or None.
+        weigh_codes: (codes, affine, weight).
+        differentiate: (pieces, affine, dL/dW^, weight) -> the gradients.
         dots: (dL/dY, Y), of some tokens, -> float32 [O].
     """
 
-    weigh: Callable[[Pieces, Affine, torch.dtype], Tensor]
-    weigh_counting: Callable[[Pieces, Affine, torch.dtype], tuple[Tensor, Tensor]]
-    differentiate: Callable[[Pieces, Affine, Tensor, torch.dtype], tuple[Tensor, Slopes]]
+    weigh: Callable[[Pieces, Affine, Tensor], None]
+    weigh_reaching: Callable[[Pieces, Affine, Tensor | None, Tensor], Ends]
+    weigh_codes: Callable[[Tensor, Affine, Tensor], None]
+    differentiate: Callable[[Pieces, Affine, Tensor, Tensor], Slopes]
     dots: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -69,29 +75,36 @@ def kernels(latent_of: LatentOf, slopes: SlopesOf, grid: Grid, compiled: bool) -
         compiled: by torch.compile, at the first call: some ten seconds.
     """
 
-    def weigh(pieces: Pieces, affine: Affine, dtype: torch.dtype) -> Tensor:
-        levels_KI = grid.nearest(latent_of(grid, pieces, affine))
-        return dequantize(levels_KI, affine).to(dtype)
+    def weigh(pieces: Pieces, affine: Affine, weight_KI: Tensor) -> None:
+        weight_KI.copy_(dequantize(grid.nearest(latent_of(grid, pieces, affine)), affine))
 
-    def weigh_counting(pieces: Pieces, affine: Affine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def weigh_reaching(pieces: Pieces, affine: Affine, codes_KI: Tensor | None, weight_KI: Tensor) -> Ends:
         latent_KI = latent_of(grid, pieces, affine)
-        low, high = grid.bounds
-        clipped = ((latent_KI <= low) | (latent_KI >= high)).sum()
-        return dequantize(grid.nearest(latent_KI), affine).to(dtype), clipped
+        ends = latent_KI.amin(1), latent_KI.amax(1)
+        levels_KI = grid.nearest(latent_KI)
+        if codes_KI is not None:
+            codes_KI.copy_(grid.encode(levels_KI))
+        weight_KI.copy_(dequantize(levels_KI, affine))
+        return ends
 
-    def differentiate(pieces: Pieces, affine: Affine, grad_KI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Slopes]:
+    def weigh_codes(codes_KI: Tensor, affine: Affine, weight_KI: Tensor) -> None:
+        weight_KI.copy_(dequantize(grid.decode(codes_KI), affine))
+
+    def differentiate(pieces: Pieces, affine: Affine, grad_KI: Tensor, weight_KI: Tensor) -> Slopes:
         latent_KI = latent_of(grid, pieces, affine)
         levels_KI = grid.nearest(latent_KI.clone())
-        weight_KI = dequantize(levels_KI, affine).to(dtype)
-        return weight_KI, slopes(grid, affine, latent_KI, levels_KI, grad_KI.float())
+        weight_KI.copy_(dequantize(levels_KI, affine))
+        found = slopes(grid, affine, latent_KI, levels_KI, grad_KI.float())
+        return found if found.large_KI is None else found._replace(large_KI=found.large_KI.to(grad_KI.dtype))
 
-    functions = Kernels(weigh, weigh_counting, differentiate, dots)
+    functions = Kernels(weigh, weigh_reaching, weigh_codes, differentiate, dots)
     return Kernels(*[_compiled(function) for function in functions]) if compiled else functions
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel by torch.compile."""
-    compiled = torch.compile(function, dynamic=False)
+def _compiled(function: Any) -> Callable[..., Any]:
+    """A kernel by torch.compile, as a code object of its own: by these recompilations are counted, and limited."""
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__)
+    compiled = torch.compile(own, dynamic=False)
 
     def call(*given: Any) -> Any:
         any_rows(*(value for one in given for value in (one if isinstance(one, tuple) else (one,))))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrqat.grid import Grid
+from lrqat.grid import Grid, Rows
 from lrqat.methods import base
 from lrqat.methods.base import WeightQuantizer
 from lrqat.methods.lr_qat import DOWNCASTS, LRQAT
@@ -103,6 +104,20 @@ def test_what_is_kept_for_backward_is_the_input_and_the_output() -> None:
     assert large == {x.data_ptr(), y.data_ptr()}
 
 
+def test_under_checkpointing_codes_are_kept_and_not_rounded_a_third_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = quantizer("w4", "fixed", 0.004)
+    expected = gradients(found, torch.float32)
+    found.checkpointed = True
+    forward, made = found.forward, LRQAT.pieces
+    asked: list[Rows] = []
+    monkeypatch.setattr(LRQAT, "pieces", lambda self, rows: asked.append(rows) or made(self, rows))
+    monkeypatch.setattr(found, "forward", lambda x, bias: checkpoint(forward, x, bias, use_reentrant=False))
+    for name, again in gradients(found, torch.float32).items():
+        assert torch.equal(again, expected[name]), name
+    assert len([rows for rows in asked if isinstance(rows, slice)]) == 2 * len(found.tiles())
+    assert any(isinstance(rows, Tensor) for rows in asked)  # of the rows that hold a clipped weight
+
+
 def test_groups_take_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "factored_weight", None)
+    monkeypatch.setattr(base, "reaching_weight", None)
     gradients(quantizer("w4g32", "fixed", 0.0), torch.float32)

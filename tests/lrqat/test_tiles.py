@@ -65,6 +65,16 @@ def test_compiled_methods_have_the_bits_of_the_plain_ones(spelling: str, method:
     check(make(method, spelling))
 
 
+@needs_compiler
+def test_each_grid_has_its_own_limit_of_recompilations() -> None:
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for spelling in ("w5", "w6", "w7"):
+            quantizer = lrqat(spelling)
+            plain = quantizer.weight()
+            quantizer.compiled = True
+            assert torch.equal(quantizer.weight(), plain)
+
+
 WITHOUT = """
 import sys
 sys.path.insert(0, "tests/lrqat")
