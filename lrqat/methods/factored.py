@@ -25,13 +25,14 @@ from torch import Tensor
 
 from lrqat.grid import Affine, Grid
 
-TOKENS_AT_ONCE = 256  # of float32 temporaries [T, O]
+RUN = 16  # tokens whose g * Y are added up while they are in registers
+AT_ONCE = 1 << 20  # numbers of a float32 temporary [T, O]
 SPARSE = 256  # weights for each clipped one, above which clipped ones are looked at one by one
 
 
-def dots(grad_KO: Tensor, output_KO: Tensor) -> Tensor:
-    """sum over t of g * Y, float32 [O]."""
-    return (grad_KO.float() * output_KO.float()).sum(0)
+def dots(grad_NCO: Tensor, output_NCO: Tensor) -> Tensor:
+    """Sum of g * Y over C, float32 [N, O]."""
+    return (grad_NCO.float() * output_NCO.float()).sum(1)
 
 
 def scale_slopes(
@@ -45,9 +46,14 @@ def scale_slopes(
     """(dL/ds, dL/dm) under frozen levels, float32 [O, 1]; dL/dm is None where there is no m. `dots` may be compiled."""
     dot_O = torch.zeros_like(affine.scale_OG[:, 0])
     sums_O = torch.zeros_like(dot_O)
-    chunks = (tensor.split(TOKENS_AT_ONCE) for tensor in (grad_TO, x_TI, output_TO))
+    tokens = max(RUN, AT_ONCE // grad_TO.shape[1] // RUN * RUN)
+    chunks = (tensor.split(tokens) for tensor in (grad_TO, x_TI, output_TO))
     for grad_KO, x_KI, output_KO in zip(*chunks, strict=True):
-        dot_O += dots(grad_KO, output_KO)
+        whole = len(grad_KO) // RUN * RUN
+        if whole:
+            dot_O += dots(*(tensor[:whole].unflatten(0, (-1, RUN)) for tensor in (grad_KO, output_KO))).sum(0)
+        if whole < len(grad_KO):
+            dot_O += dots(grad_KO[None, whole:], output_KO[None, whole:])[0]
         if affine.offset_OG is not None:
             sums_O += x_KI.sum(1, dtype=torch.float32) @ grad_KO.float()
     if bias_O is not None:

@@ -143,5 +143,5 @@ class LRQAT(GainQuantizer):
     def absorb_product(self, grad_TO: Tensor, x_TI: Tensor, scale_O: Tensor, grads: dict[str, Tensor]) -> None:
         """dA = c s * (dY^T (X B^T)),  dB = (dY (c s * A))^T X; products in the activations' dtype."""
         times_O1, b_RI = (self.multiplier * scale_O)[:, None], self.b_RI.detach().to(x_TI.dtype)
-        grads["a_OR"] += (grad_TO.T @ (x_TI @ b_RI.T)) * times_O1
+        grads["a_OR"] += ((x_TI @ b_RI.T).T @ grad_TO).T * times_O1
         grads["b_RI"] += (grad_TO @ (self.a_OR.detach() * times_O1).to(x_TI.dtype)).T @ x_TI

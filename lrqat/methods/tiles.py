@@ -4,7 +4,7 @@
     weigh_reaching  the same, and the least and the greatest x of each row; and the codes of l, if asked for
     weigh_codes     W^ of such codes
     differentiate   the same as weigh, and with g = dL/dW^:  dL/d(large) [K, I], dL/ds [K, G], dL/dm [K, G]
-    dots            of some tokens, sum of dL/dY * Y (`lrqat.methods.factored`)
+    dots            sums of dL/dY * Y over runs of tokens (`lrqat.methods.factored`)
 
 Plain torch makes a dozen passes over the tile; torch.compile makes one of each function, with the same bits: nothing
 is reordered but the sums of dL/ds and dL/dm.
@@ -54,7 +54,7 @@ class Kernels(NamedTuple):
         weigh_reaching: (pieces, affine, codes, weight) -> the rows' ends; codes is uint8 [K, I], to be filled, or None.
         weigh_codes: (codes, affine, weight).
         differentiate: (pieces, affine, dL/dW^, weight) -> the gradients.
-        dots: (dL/dY, Y), of some tokens, -> float32 [O].
+        dots: (dL/dY, Y), runs of tokens [N, C, O] -> their sums, float32 [N, O].
     """
 
     weigh: Callable[[Pieces, Affine, Tensor], None]

@@ -15,7 +15,7 @@ from lrqat.methods.lr_qat import DOWNCASTS, LRQAT
 from lrqat.methods.scales import Scales
 from lrqat.ranges import start
 
-ROWS, COLUMNS, TOKENS, RANK = 96, 256, 600, 4  # more tokens than are summed at once
+ROWS, COLUMNS, TOKENS, RANK = 96, 256, 600, 4  # six times what is summed at once, and more than whole runs
 # Three float32 sums in a row, of at most 600 terms each, in two orders; ds and dm share digits on grids with zeros.
 FLOAT32_SUMS = 3 * TOKENS * 2.0**-24 * 4
 # bfloat16 products: g, X, A, B, X B^T, the weight and the output are rounded once each, 2^-9, and errors are random.
@@ -61,6 +61,7 @@ def test_factored_gradients_are_those_of_the_tiles(
     spelling: str, downcast: str | None, clipped: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lrqat.ranges.TILE_WEIGHTS", 40 * COLUMNS)
+    monkeypatch.setattr("lrqat.methods.factored.AT_ONCE", 100 * ROWS)
     found = quantizer(spelling, downcast, clipped)
     if downcast and clipped:
         low, high = found.grid.bounds
