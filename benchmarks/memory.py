@@ -5,7 +5,8 @@
 
 A Llama of the named shape with random packed weights: codes are written straight in packed form, no weight ever exists
 as a float. Everything else is the real thing: `lrqat.train`'s trainer with AdamW and gradients clipped to norm 1,
-checkpointing per decoder layer, distillation from cached (random) hidden states, one step. Embedding and head lie in a
+checkpointing per decoder layer, distillation from cached (random) hidden states, one step as it is in the middle of a
+run, Adam's moments being there. Embedding and head lie in a
 mapped file, as those of a checkpoint do.
 
 Peaks are the kernel's (VmHWM: anonymous memory and pages of files), of the building, of the step, and with the saved
@@ -152,6 +153,18 @@ def random_teacher(path: Path, tokens: int, hidden: int) -> None:
     np.save(path, states.view(WORDS[2]).numpy())
 
 
+class Moments(TrainerCallback):
+    """Adam has its moments before the step, as in all steps but a run's first: one of zero gradients moves nothing."""
+
+    def on_train_begin(self, *_: Any, optimizer: Any, model: Any, **__: Any) -> None:
+        """Take that step."""
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 class AfterStep(TrainerCallback):
     """Notes the peak when a step is over, before its checkpoint is written."""
 
@@ -256,6 +269,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ids_NT = torch.randint(0, VOCABULARY, (1, args.tokens), generator=generator)
     trainer = make_trainer(model, Blocks(ids_NT, folder / "teacher.npy", torch.bfloat16), settings, Path(settings.out))
     after = AfterStep()
+    trainer.add_callback(Moments())
     trainer.add_callback(after)
     parts: dict[str, int] = {}
 

@@ -10,7 +10,7 @@
                   percent too much there); with checkpointing, each layer's input and one layer's rest
     logits        chunks of the head's outputs, the student's and the teacher's
     transient     the largest weight, built for its matrix product, and the gradients around it
-    malloc        freed memory between what is in use, a tenth of all the above (measured; not on a GPU)
+    malloc        freed memory between what is in use, a tenth of all that is not frozen (measured; not on a GPU)
     process       Python, torch, transformers, the tokenizer, their libraries (measured; not on a GPU)
 
 The time is that of LR-QAT's linear layers, measured on this machine for one weight of the model, and of the head at the
@@ -42,6 +42,7 @@ from lrqat.starts.walk import decoder_layers
 FLOAT = 4  # bytes of what is trained
 PROCESS = 600e6  # bytes; CPU build of torch 2.13, transformers 5.19
 MALLOC = 0.1
+FROZEN = ("packed", "grid", "dense")
 FACTORED = ("lrqat", "scales")  # methods that keep outputs (`WeightQuantizer.factored`)
 BUFFERS = 3  # [T, O] around the largest weight
 PROBED = (32, 160)  # tokens of the two timings
@@ -96,7 +97,8 @@ def estimate(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool = Fal
     }
     if gpu:
         return Estimate(parts)
-    return Estimate({**parts, "malloc": MALLOC * sum(parts.values()), "process": PROCESS})
+    changing = sum(nbytes for name, nbytes in parts.items() if name not in FROZEN)
+    return Estimate({**parts, "malloc": MALLOC * changing, "process": PROCESS})
 
 
 def available_bytes() -> float:
