@@ -211,7 +211,7 @@ def _kept(skeleton: Any, plan: Plan, settings: TrainSettings, layers: int) -> fl
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     keeps_output = settings.method in FACTORED and settings.lr_scales > 0
-    keeps_codes = settings.method == "lrqat" and settings.gradient_checkpointing
+    keeps_codes = settings.method == "lrqat" and settings.gradient_checkpointing and settings.compile
     factored = {
         site.origin.parameter: grid.columns_per_group(site.shape[1]) == site.shape[1]
         for name, grid in plan.grids.items()

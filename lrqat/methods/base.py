@@ -12,7 +12,8 @@ All work goes row tile by row tile, so temporaries stay in cache and no second O
 `QuantizedLinear` recomputes W in backward and hands the method dL/dW tile by tile: between forward and
 backward a layer keeps its input and nothing else. Where a method's gradients do not need dL/dW (`factored`), it is not
 formed; the layer keeps its output too. And where only one decoder layer keeps anything (checkpointing), its codes, a
-byte a weight: what is rounded in the second forward pass is not rounded once more in backward.
+byte a weight: what is rounded in the second forward pass is not rounded once more in backward. That pays where the
+element-wise work is compiled; else writing and reading codes costs what it saves.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ class QuantizedLinear(torch.autograd.Function):
         ctx.quantizer = quantizer
         ctx.factored = quantizer.factored and scale_OG.shape[1] == 1
         codes_OI = ends = None
-        if ctx.factored and large and quantizer.checkpointed:
+        if ctx.factored and large and quantizer.checkpointed and quantizer.compiled:
             codes_OI = torch.empty(quantizer.shape, dtype=torch.uint8, device=scale_OG.device)
             weight_OI, ends = reaching_weight(quantizer, affine, x.dtype, codes_OI)
         else:
