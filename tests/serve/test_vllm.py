@@ -176,7 +176,7 @@ def test_vllm_servers_are_measured_in_pairs(tiny_model_dir: Path, tmp_path: Path
 
     fused = round_to_nearest(locate(str(tiny_model_dir)), Grid.parse("w4g32"), None, (), torch.float16, tmp_path)
     out = gptq.write(FusedCheckpoint.load(fused), tmp_path / "exported")
-    settings = Settings(prompt_tokens=32, generated_tokens=8, rounds=10, sittings=1)
+    settings = Settings(prompt_tokens=32, generated_tokens=8, rounds=5, sittings=1)
     found = bench([out, out], settings, "".join(default_texts()[:5]))
     assert found["runtime"] == "vllm" and found["layouts"]["B:exported"]["same"]
     assert all(row["prompt_cpu_s"]["low"] > 0 for row in found["ratios"].values())
