@@ -6,8 +6,7 @@
 A Llama of the named shape with random packed weights: codes are written straight in packed form, no weight ever exists
 as a float. Everything else is the real thing: `lrqat.train`'s trainer with AdamW and gradients clipped to norm 1,
 checkpointing per decoder layer, distillation from cached (random) hidden states, one step as it is in the middle of a
-run, Adam's moments being there. Embedding and head lie in a
-mapped file, as those of a checkpoint do.
+run, Adam's moments being there. Embedding and head lie in a mapped file, as those of a checkpoint do.
 
 Peaks are the kernel's (VmHWM: anonymous memory and pages of files), of the building, of the step, and with the saved
 checkpoint; beside them what `lrqat plan` predicts. Linux only. The last line is JSON.

@@ -114,9 +114,9 @@ def block_ap(
             prepare(walk, number, student_NTH)
         swap(model, inside(plan, f"{walk.name}.{number}."), make)
         layer = walk.layers[number]
-        if settings.compile:
-            compile_tiles(layer)
         if not done:
+            if settings.compile:
+                compile_tiles(layer)
             before = relative_error(walk.run(number, student_NTH), teacher_NTH)
             train_layer(walk, number, student_NTH, teacher_NTH, settings, order)
         if finish:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
+from test_tiles import needs_compiler
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -107,7 +106,7 @@ def test_what_is_kept_for_backward_is_the_input_and_the_output() -> None:
     assert large == {x.data_ptr(), y.data_ptr()}
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")
+@needs_compiler
 def test_under_checkpointing_codes_are_kept_and_not_rounded_a_third_time(monkeypatch: pytest.MonkeyPatch) -> None:
     found = quantizer("w4", "fixed", 0.004)
     found.compiled = True
