@@ -23,6 +23,7 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -153,7 +154,8 @@ def one(case: str, args: argparse.Namespace) -> None:
 
     set_threads(args.threads)
     torch.manual_seed(0)
-    model = model_of(case, args)
+    with contextlib.redirect_stdout(sys.stderr):  # NNCF prints tables
+        model = model_of(case, args)
     loss = LossModel(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer("adamw", [{"params": trained, "lr": LEARNING_RATE}]) if trained else None
