@@ -2,7 +2,7 @@
 
     packed        frozen weights; with --offload disk, those of the largest decoder layer
     grid          the grids' parts that gains multiply, float32
-    dense         embedding, head, norms and what the plan leaves as it is
+    dense         embedding, head (of one in a mapped file, a slice), norms and what the plan leaves as it is
     trained       A, B and gains, or weights, float32; as much again are gradients
     moments       Adam's two (`lrqat.optimizer`)
     activations   what autograd keeps from forward to backward, counted by running the model without data
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrqat.losses import CHUNK_TOKENS
+from lrqat.losses import CHUNK_TOKENS, SLICE_BYTES
 from lrqat.methods.lr_qat import LRQAT
 from lrqat.offload import frozen_bytes
 from lrqat.optimizer import moment_bytes
@@ -153,7 +153,7 @@ def packed_bytes(skeleton: Any, plan: Plan, settings: TrainSettings) -> int:
 
 
 def dense_bytes(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool) -> int:
-    """Dense parameters, a tied one once; of a mapped embedding, the rows that the training text can touch."""
+    """Dense parameters, a tied one once; of a mapped embedding and head, what is resident at once."""
     quantized = {plan.sites[name].origin.parameter for name in plan.grids if plan.sites[name].kind in TRAINED}
     itemsize = getattr(torch, settings.dtype).itemsize
     embedding, head = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
@@ -161,10 +161,12 @@ def dense_bytes(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool) -
     for name, parameter in skeleton.named_parameters():
         if name in quantized:
             continue
-        rows = len(parameter)
-        if parameter is embedding and parameter is not head and not gpu:
-            rows = min(rows, settings.blocks_trained * settings.seq_len)
-        total += rows * (parameter.numel() // len(parameter)) * itemsize
+        nbytes = parameter.numel() * itemsize
+        if parameter is head and not gpu:
+            nbytes = min(nbytes, SLICE_BYTES)
+        elif parameter is embedding and not gpu:
+            nbytes = min(nbytes, settings.batch_size * settings.seq_len * parameter.shape[1] * itemsize)
+        total += nbytes
     return total
 
 

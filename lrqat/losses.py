@@ -8,11 +8,14 @@ the hidden states is formed in the forward pass, chunk by chunk, and nothing els
 for CE). The head is frozen. The teacher is present as its final hidden states alone (lrqat.teacher); where the
 student's head is rounded, the teacher's own head is needed too: V x H more in memory.
 
+A head in a mapped file is read in slices of words, whose pages are given back: it is then never resident as a whole.
+
 Soft-capped logits (Gemma), z = cap tanh(W h / cap), have dz/d(W h) = 1 - (z / cap)^2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,40 +23,74 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrqat.errors import LrqatError
+from lrqat.pages import give_back, in_file
 
 CHUNK_TOKENS = 128  # tokens of one matrix product with the head
+SLICE_BYTES = 1 << 26  # of a head in a mapped file, which are resident at once
 CACHED_LOGITS = 1 << 18  # logits of one round of element-wise work: three float32 buffers fit in a core's L2 cache
 
 
 class Head(NamedTuple):
-    """An output head: logits = W h, or cap * tanh(W h / cap)."""
+    """An output head: logits = W h, or cap * tanh(W h / cap).
+
+    Attributes:
+        weight_VH: W.
+        cap: of the logits.
+        mapped: W lies in a mapped file and never changes.
+    """
 
     weight_VH: Tensor
     cap: float | None = None
+    mapped: bool = False
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V]."""
         logits = F.linear(hidden, self.weight_VH)
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
+    def slices(self) -> Iterator[slice]:
+        """Of words, one at a time: the pages of the one before are given back."""
+        words = len(self.weight_VH)
+        count = max(1, -(-self.weight_VH.nbytes // SLICE_BYTES)) if self.mapped else 1
+        each = -(-words // count)
+        for start in range(0, words, each):
+            chunk = slice(start, min(start + each, words))
+            yield chunk
+            if self.mapped and count > 1:
+                give_back(self.weight_VH[chunk])
+
+    def multiply(self, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
+        """W h of each token, into `out_CV`."""
+        for words in self.slices():
+            torch.mm(hidden_CH, self.weight_VH[words].T, out=out_CV[:, words])
+        return out_CV
+
+    def transposed(self, grad_CV: Tensor) -> Tensor:
+        """W^T g of each token; over several slices summed in float32."""
+        sums_CH = None
+        for words in self.slices():
+            part_CH = grad_CV[:, words] @ self.weight_VH[words]
+            if words.stop - words.start == len(self.weight_VH):
+                return part_CH
+            sums_CH = part_CH.float() if sums_CH is None else sums_CH.add_(part_CH)
+        assert sums_CH is not None
+        return sums_CH
+
 
 class HeadLoss(torch.autograd.Function):
     """Mean loss over tokens of softmax(logits), for a teacher's hidden states or target ids."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_TH: Tensor, head_VH: Tensor, cap: float | None, target: Tensor, teacher_VH: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_TH: Tensor, head: Head, target: Tensor, teacher: Head) -> Tensor:
         """Loss, float32 scalar.
 
         Args:
             hidden_TH: the student's final hidden states.
-            head_VH: the head's weight.
-            cap: of the logits.
+            head: the student's.
             target: int64 [T] next tokens (CE), or [T, H] the teacher's final hidden states (KD).
-            teacher_VH: the weight of the teacher's head.
+            teacher: the teacher's head.
         """
-        tokens, words = len(hidden_TH), len(head_VH)
+        tokens, words = len(hidden_TH), len(head.weight_VH)
         total = torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
         grad_TH = torch.empty_like(hidden_TH)
         q_CV = hidden_TH.new_empty(min(CHUNK_TOKENS, tokens), words)
@@ -62,22 +99,25 @@ class HeadLoss(torch.autograd.Function):
         for start in range(0, tokens, CHUNK_TOKENS):
             chunk = slice(start, min(start + CHUNK_TOKENS, tokens))
             count = chunk.stop - start
-            student_CV = torch.mm(hidden_TH[chunk], head_VH.T, out=q_CV[:count])
+            student_CV = head.multiply(hidden_TH[chunk], q_CV[:count])
             teacher_CV = None
             if p_CV is not None:
-                teacher_CV = torch.mm(target[chunk].to(teacher_VH.dtype), teacher_VH.T, out=p_CV[:count])
+                teacher_CV = teacher.multiply(target[chunk].to(teacher.weight_VH.dtype), p_CV[:count])
             for first in range(0, count, step):
                 rows = slice(first, min(first + step, count))
-                slope_KV = None if cap is None else soft_cap(student_CV[rows], cap)
+                slope_KV = None if head.cap is None else soft_cap(student_CV[rows], head.cap)
                 if teacher_CV is not None:
-                    if cap is not None:
-                        soft_cap(teacher_CV[rows], cap)
+                    if head.cap is not None:
+                        soft_cap(teacher_CV[rows], head.cap)
                     total += kd_rows(student_CV[rows], teacher_CV[rows])
                 else:
                     total += ce_rows(student_CV[rows], target[chunk][rows])
                 if slope_KV is not None:
                     student_CV[rows].mul_(slope_KV)
-            torch.mm(student_CV, head_VH, out=grad_TH[chunk])
+            grad_TH[chunk] = head.transposed(student_CV)
+        for each in (head, teacher):
+            if each.mapped:
+                give_back(each.weight_VH)
         ctx.save_for_backward(grad_TH)
         ctx.tokens = tokens
         return (total / tokens).float()
@@ -87,7 +127,7 @@ class HeadLoss(torch.autograd.Function):
         """Gradient of the hidden states."""
         (grad_TH,) = ctx.saved_tensors
         # 1/tokens comes last, so that 16-bit logits hold q - p at full precision.
-        return (grad_TH * (grads[0].float() / ctx.tokens)).to(grad_TH.dtype), None, None, None, None
+        return (grad_TH * (grads[0].float() / ctx.tokens)).to(grad_TH.dtype), None, None, None
 
 
 def soft_cap(logits_KV: Tensor, cap: float) -> Tensor:
@@ -130,29 +170,28 @@ def exponentials(logits_KV: Tensor) -> tuple[Tensor, Tensor]:
     return shifted.exp(), shifted
 
 
-def head_loss(hidden_BTH: Tensor, head: Head, target: Tensor, teacher_VH: Tensor | None = None) -> Tensor:
+def head_loss(hidden_BTH: Tensor, head: Head, target: Tensor, teacher: Head | None = None) -> Tensor:
     """Mean loss per token.
 
     Args:
         hidden_BTH: the student's final hidden states.
         head: the student's head, frozen.
         target: [B, T] token ids (CE) or [B, T, H] the teacher's hidden states (KD).
-        teacher_VH: the weight of the teacher's head, where it is not the student's.
+        teacher: the teacher's head, where it is not the student's.
     """
-    loss: Tensor = HeadLoss.apply(
-        hidden_BTH.flatten(0, 1),
-        head.weight_VH,
-        head.cap,
-        target.flatten(0, 1),
-        head.weight_VH if teacher_VH is None else teacher_VH,
-    )
+    loss: Tensor = HeadLoss.apply(hidden_BTH.flatten(0, 1), head, target.flatten(0, 1), teacher or head)
     return loss
 
 
 def head_of(model: Any) -> Head:
     """The head of a causal language model, with the soft cap that its config names."""
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return Head(model.get_output_embeddings().weight, cap)
+    return make_head(model.get_output_embeddings().weight, cap)
+
+
+def make_head(weight_VH: Tensor, cap: float | None) -> Head:
+    """A head, wherever its weight lies."""
+    return Head(weight_VH, cap, not weight_VH.requires_grad and in_file(weight_VH))
 
 
 def body_and_head(model: Any) -> tuple[Any, Head]:

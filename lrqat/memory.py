@@ -15,6 +15,8 @@ from pathlib import Path
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 ALWAYS = (1 << 31) - 1  # the largest int
+NEVER = (1 << 30, 1 << 25)  # bytes of a block that comes from the kernel; glibc before 2.35 refuses the first
+LARGE = 3 << 19  # bytes: more than what a row tile takes in float32
 
 
 def status_bytes(key: str, pid: int | str = "self") -> int | None:
@@ -36,5 +38,15 @@ def return_freed_memory() -> None:
 def keep_freed_memory() -> None:
     """Tell glibc not to give memory back; elsewhere nothing."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in NEVER)
         libc.mallopt(M_TRIM_THRESHOLD, ALWAYS)
+
+
+def give_large_blocks_back() -> None:
+    """From now on large blocks come from the kernel and go back to it; elsewhere nothing.
+
+    What is kept has holes: a block asked for with an alignment does not fit where one of its size was, and where a
+    layer's input comes to lie that stays, nothing large fits. With the decoder layers of a 7B model that is .3 GB.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)

@@ -39,6 +39,7 @@ from lrqat.fused import FusedCheckpoint, is_fused, read_json, write_json
 from lrqat.jsonfile import read_metrics
 from lrqat.layers import fuse_model, quantizers
 from lrqat.losses import body_and_head, head_of
+from lrqat.memory import give_large_blocks_back, return_freed_memory
 from lrqat.models import Base, locate
 from lrqat.offload import check_offload, offloaded, streamed
 from lrqat.optimizer import check_optimizer, make_optimizer
@@ -49,9 +50,12 @@ from lrqat.rounding import Rounding
 from lrqat.safestream import tensor_bytes
 from lrqat.settings import TrainSettings
 from lrqat.shards import Shards, check_shards, unshard
+from lrqat.starts.walk import decoder_layers
 from lrqat.statistics import moved_share, statistics
 from lrqat.teacher import Blocks, cache_named, cache_teacher
 from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint
+
+WIDE = 2048  # hidden states: below, fresh pages for activations cost percents of the products (8% at 576)
 
 
 class Interrupted(Exception):
@@ -246,6 +250,13 @@ def check_fingerprint(path: Path, now: dict[str, Any]) -> None:
             raise LrqatError(f"{path}: the {what} has changed since the run was started; start a new run")
 
 
+def leave_no_holes(model: Any) -> None:
+    """Give freed memory back before a decoder layer begins, in either forward pass, and large blocks at once."""
+    give_large_blocks_back()
+    for layer in decoder_layers(model)[1]:
+        layer.register_forward_pre_hook(lambda *_: return_freed_memory())
+
+
 def make_trainer(
     model: Any, data: Blocks, settings: TrainSettings, out: Path, teacher_VH: Tensor | None = None
 ) -> LowRankTrainer:
@@ -257,6 +268,8 @@ def make_trainer(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for quantizer in quantizers(model).values():
             quantizer.checkpointed = True
+        if model.config.get_text_config().hidden_size >= WIDE and not torch.cuda.is_available():
+            leave_no_holes(model)
     loss_model = LossModel(model, teacher_VH)
     copy_first(loss_model)
     trained = loss_model.trained()

@@ -27,7 +27,7 @@ from lrqat.console import log, peak_memory_gb
 from lrqat.errors import LrqatError
 from lrqat.fused import read_json
 from lrqat.jsonfile import read_metrics
-from lrqat.losses import head_loss, head_of
+from lrqat.losses import head_loss, head_of, make_head
 from lrqat.optimizer import load_state, state_of
 from lrqat.pages import give_back, in_file
 from lrqat.ranks import agreed
@@ -47,35 +47,28 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = model
         self.register_buffer("teacher_VH", teacher_VH, persistent=False)
-        head_VH = head_of(model).weight_VH
-        self.mapped = [t for t in (head_VH, teacher_VH) if t is not None and not t.requires_grad and in_file(t)]
+        embedding = model.get_input_embeddings()
+        if not embedding.weight.requires_grad and in_file(embedding.weight):
+            embedding.register_forward_hook(lambda module, *_: give_back(module.weight))
 
     def forward(
         self, input_ids: Tensor, teacher: Tensor | None = None, answers: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The loss (`loss`); a head in a mapped file is needed for nothing else, and gives its pages back."""
-        found = self.loss(input_ids, teacher, answers)
-        for head_VH in self.mapped:
-            give_back(head_VH)
-        return found
-
-    def loss(
-        self, input_ids: Tensor, teacher: Tensor | None = None, answers: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """KD against the teacher's final hidden states [B, T, H] if given, else next-token CE.
+        """The loss (`loss`): KD against the teacher's final hidden states [B, T, H] if given, else next-token CE.
 
         With answers, bool [B, T], the mean is over the tokens that predict one; the head sees no others.
         """
         hidden_BTH = self.model.base_model(input_ids, use_cache=False).last_hidden_state
         head = head_of(self.model)
+        taught = None if self.teacher_VH is None else make_head(self.teacher_VH, head.cap)
         if answers is not None:
             next_BT = answers[:, 1:]
             hidden_1KH = hidden_BTH[:, :-1][next_BT][None]
             if teacher is not None:
-                return {"loss": head_loss(hidden_1KH, head, teacher[:, :-1][next_BT][None], self.teacher_VH)}
+                return {"loss": head_loss(hidden_1KH, head, teacher[:, :-1][next_BT][None], taught)}
             return {"loss": head_loss(hidden_1KH, head, input_ids[:, 1:][next_BT][None])}
         if teacher is not None:
-            return {"loss": head_loss(hidden_BTH, head, teacher, self.teacher_VH)}
+            return {"loss": head_loss(hidden_BTH, head, teacher, taught)}
         return {"loss": head_loss(hidden_BTH[:, :-1], head, input_ids[:, 1:])}
 
     def trained(self) -> dict[str, Tensor]:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from lrqat.fused import FusedTensor
 from lrqat.grid import Affine, Grid, Rows
 from lrqat.methods.factored import clipped_slopes, scale_slopes
-from lrqat.methods.tiles import Ends, Kernels, Pieces, Slopes, by_group, kernels
+from lrqat.methods.place import passing
+from lrqat.methods.tiles import Kernels, Pieces, Slopes, by_group, kernels
 from lrqat.pages import give_back
 from lrqat.ranges import row_tiles
 
@@ -123,14 +124,18 @@ class WeightQuantizer(nn.Module):
         return self.grid.nearest(self.latent(rows, affine.rows(rows)))
 
     @torch.no_grad()
-    def weight(self, dtype: torch.dtype = torch.float32, affine: Affine | None = None) -> Tensor:
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight of the forward pass, [O, I], built tile by tile."""
-        affine = affine or self.affine()
-        weigh = self.kernels().weigh
+        affine = self.affine()
         weight_OI = torch.empty(self.shape, dtype=dtype, device=affine.scale_OG.device)
+        self.weigh(affine, weight_OI)
+        return weight_OI
+
+    def weigh(self, affine: Affine, weight_OI: Tensor) -> None:
+        """Fill in the weight."""
+        weigh = self.kernels().weigh
         for rows in self.tiles():
             weigh(self.pieces(rows), affine.rows(rows), weight_OI[rows])
-        return weight_OI
 
     @torch.no_grad()
     def fuse(self) -> FusedTensor:
@@ -168,11 +173,12 @@ class QuantizedLinear(torch.autograd.Function):
         ctx.quantizer = quantizer
         ctx.factored = quantizer.factored and scale_OG.shape[1] == 1
         codes_OI = ends = None
+        weight_OI = passing(quantizer.shape, x.dtype, x.device)
         if ctx.factored and large and quantizer.checkpointed and quantizer.compiled:
             codes_OI = torch.empty(quantizer.shape, dtype=torch.uint8, device=scale_OG.device)
-            weight_OI, ends = reaching_weight(quantizer, affine, x.dtype, codes_OI)
+            ends = weigh_reaching(quantizer, affine, codes_OI, weight_OI)
         else:
-            weight_OI = quantizer.weight(x.dtype, affine)
+            quantizer.weigh(affine, weight_OI)
         output = F.linear(x, weight_OI, bias)
         needs_output = ctx.factored and any(ctx.needs_input_grad[3:5])
         kept = (codes_OI, *(ends or (None, None)))
@@ -189,73 +195,71 @@ class QuantizedLinear(torch.autograd.Function):
         grad_TO, x_TI = output_grads[0].reshape(-1, rows), x.reshape(-1, columns)
         large = {name: torch.zeros_like(p) for name, p in quantizer.large().items() if p.requires_grad}
         scale = offset = None
+        weight_OI = passing(quantizer.shape, x.dtype, x.device)
         if ctx.factored:
             if output is not None:
                 dots = quantizer.kernels().dots
                 scale, offset = scale_slopes(grad_TO, x_TI, output.reshape(-1, rows), bias, affine, dots)
             if codes_OI is not None:
-                weight_OI = coded_weight(quantizer, affine, x.dtype, codes_OI)
+                weigh_codes(quantizer, affine, codes_OI, weight_OI)
             elif large:
-                weight_OI, ends = reaching_weight(quantizer, affine, x.dtype, None)
+                ends = weigh_reaching(quantizer, affine, None, weight_OI)
             else:
-                weight_OI = quantizer.weight(x.dtype, affine)
+                quantizer.weigh(affine, weight_OI)
             if large:
                 quantizer.absorb_product(grad_TO, x_TI, scale_OG[:, 0], large)
                 absorb_clipped(quantizer, affine, ends, grad_TO, x_TI, large)
         elif large or any(ctx.needs_input_grad[3:5]):
             scale = torch.empty_like(scale_OG)
             offset = None if offset_OG is None else torch.empty_like(offset_OG)
-            weight_OI = tiled_weight(quantizer, affine, grad_TO, x_TI, large, scale, offset)
+            differentiate(quantizer, affine, grad_TO, x_TI, weight_OI, large, scale, offset)
         else:
-            weight_OI = quantizer.weight(x.dtype, affine)
+            quantizer.weigh(affine, weight_OI)
         grad_x = (grad_TO @ weight_OI).view_as(x) if ctx.needs_input_grad[0] else None
         grad_bias = grad_TO.sum(0) if ctx.needs_input_grad[1] else None
         scale, offset = (g if n else None for g, n in zip((scale, offset), ctx.needs_input_grad[3:5], strict=True))
         return grad_x, grad_bias, None, scale, offset, *large.values()
 
 
-def tiled_weight(
+def differentiate(
     quantizer: WeightQuantizer,
     affine: Affine,
     grad_TO: Tensor,
     x_TI: Tensor,
+    weight_OI: Tensor,
     large: dict[str, Tensor],
     scale: Tensor,
     offset: Tensor | None,
-) -> Tensor:
-    """The weight again, and by the way all gradients, from dL/dW one row tile at a time."""
-    weight_OI = torch.empty(quantizer.shape, dtype=x_TI.dtype, device=x_TI.device)
-    differentiate = quantizer.kernels().differentiate
+) -> None:
+    """Fill in the weight again, and by the way all gradients, from dL/dW one row tile at a time."""
+    kernel = quantizer.kernels().differentiate
     for rows in quantizer.tiles():
         grad_KI = grad_TO[:, rows].T @ x_TI
-        slopes = differentiate(quantizer.pieces(rows), affine.rows(rows), grad_KI, weight_OI[rows])
+        slopes = kernel(quantizer.pieces(rows), affine.rows(rows), grad_KI, weight_OI[rows])
         if slopes.large_KI is not None and large:
             quantizer.absorb(rows, slopes.large_KI, large)
         scale[rows] = slopes.scale_KG
         if offset is not None and slopes.offset_KG is not None:
             offset[rows] = slopes.offset_KG
-    return weight_OI
 
 
-def reaching_weight(
-    quantizer: WeightQuantizer, affine: Affine, dtype: torch.dtype, codes_OI: Tensor | None
-) -> tuple[Tensor, Ends]:
-    """(the weight, the least and the greatest latent of each row); the codes too, if there is a place for them."""
-    weight_OI = torch.empty(quantizer.shape, dtype=dtype, device=affine.scale_OG.device)
-    weigh, found = quantizer.kernels().weigh_reaching, []
+def weigh_reaching(
+    quantizer: WeightQuantizer, affine: Affine, codes_OI: Tensor | None, weight_OI: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fill in the weight, and the codes if there is a place for them; the least and the greatest latent of each row."""
+    kernel, found = quantizer.kernels().weigh_reaching, []
     for rows in quantizer.tiles():
         codes_KI = None if codes_OI is None else codes_OI[rows]
-        found.append(weigh(quantizer.pieces(rows), affine.rows(rows), codes_KI, weight_OI[rows]))
+        found.append(kernel(quantizer.pieces(rows), affine.rows(rows), codes_KI, weight_OI[rows]))
     least, greatest = zip(*found, strict=True)
-    return weight_OI, (torch.cat(least), torch.cat(greatest))
+    return torch.cat(least), torch.cat(greatest)
 
 
-def coded_weight(quantizer: WeightQuantizer, affine: Affine, dtype: torch.dtype, codes_OI: Tensor) -> Tensor:
-    """The weight of codes."""
-    weight_OI = torch.empty(quantizer.shape, dtype=dtype, device=affine.scale_OG.device)
+def weigh_codes(quantizer: WeightQuantizer, affine: Affine, codes_OI: Tensor, weight_OI: Tensor) -> None:
+    """Fill in the weight of codes."""
+    kernel = quantizer.kernels().weigh_codes
     for rows in quantizer.tiles():
-        quantizer.kernels().weigh_codes(codes_OI[rows], affine.rows(rows), weight_OI[rows])
-    return weight_OI
+        kernel(codes_OI[rows], affine.rows(rows), weight_OI[rows])
 
 
 def absorb_clipped(

@@ -123,5 +123,5 @@ def test_under_checkpointing_codes_are_kept_and_not_rounded_a_third_time(monkeyp
 
 
 def test_groups_take_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "reaching_weight", None)
+    monkeypatch.setattr(base, "weigh_reaching", None)
     gradients(quantizer("w4g32", "fixed", 0.0), torch.float32)

@@ -50,7 +50,7 @@ def test_soft_capped_logits_have_torchs_value_and_gradient(target: str, tokens: 
 def test_a_teacher_with_a_head_of_its_own_is_multiplied_by_it() -> None:
     student, teacher, head, _ = sample(CHUNK_TOKENS + 5, torch.float32)
     rounded = (8 * head).round() / 8
-    found = head_loss(student[None], Head(rounded), teacher[None], head)
+    found = head_loss(student[None], Head(rounded), teacher[None], Head(head))
     (grad,) = torch.autograd.grad(found, student)
     log_q, log_p = student.double() @ rounded.double().T, teacher.double() @ head.double().T
     expected = F.kl_div(log_q.log_softmax(1), log_p.log_softmax(1), reduction="batchmean", log_target=True)
@@ -164,7 +164,7 @@ def test_the_head_is_a_plain_matrix_product_or_refused(tiny_model_dir: Any) -> N
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
     body, head = body_and_head(model)
-    assert body is model.model and head == (model.lm_head.weight, None)
+    assert body is model.model and head.weight_VH is model.lm_head.weight and head.cap is None
     forward = model.forward
 
     def scaled(*args: Any, **options: Any) -> Any:

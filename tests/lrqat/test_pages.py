@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import mmap
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lrqat import losses
 from lrqat.begin import prepare_once
+from lrqat.losses import head_loss, make_head
 from lrqat.models import locate
 from lrqat.pages import MAPS, ask_for, give_back, in_file
 from lrqat.plan import plan
@@ -100,6 +104,42 @@ def test_pages_of_a_file_come_back_as_they_were(tmp_path: Path) -> None:
     assert resident > 2000 and pages_of(a) < 10
     ask_for(a)
     assert int(a.sum()) == total and b.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_mapped_head_is_read_in_slices_that_are_never_all_resident(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, hidden, tokens, slices = 40_000, 128, 150, 5
+    generator = torch.Generator().manual_seed(0)
+    whole_VH = torch.randn(words, hidden, generator=generator) / 4
+    student_BTH, teacher_BTH = torch.randn(2, 1, tokens, hidden, generator=generator)
+    save_file({"head": whole_VH}, tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        mapped_VH = file.get_tensor("head")
+    monkeypatch.setattr(losses, "SLICE_BYTES", mapped_VH.nbytes // slices)
+    resident, product = [], torch.mm
+
+    def counted(*args: Any, **options: Any) -> Any:
+        done = product(*args, **options)
+        resident.append(pages_of(mapped_VH))
+        return done
+
+    monkeypatch.setattr(torch, "mm", counted)
+    found = []
+    for head in (make_head(whole_VH, None), make_head(mapped_VH, None)):
+        assert head.mapped == (head.weight_VH is mapped_VH)
+        hidden_BTH = student_BTH.clone().requires_grad_()
+        loss = head_loss(hidden_BTH, head, teacher_BTH)
+        loss.backward()
+        found.append((loss.item(), hidden_BTH.grad))
+        assert len(resident) == 2 * 2 * (slices if head.mapped else 1)  # two models, two chunks
+        if head.mapped:
+            assert 0 < max(resident) * mmap.PAGESIZE <= mapped_VH.nbytes * 2 / slices
+        resident.clear()
+    assert pages_of(mapped_VH) < 10
+    (whole, whole_grad), (sliced, sliced_grad) = found
+    assert abs(whole - sliced) <= 1e-6 * whole  # sums of float32 in another order
+    assert (whole_grad - sliced_grad).norm() <= 1e-5 * whole_grad.norm()
 
 
 def private(tensor: torch.Tensor) -> bool:
