@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lrqat.errors import LrqatError
-from lrqat.fused import open_safetensors
 from lrqat.grid import Grid
 from lrqat.layers import Make, quantizers
 from lrqat.methods.base import WeightQuantizer
@@ -106,7 +105,6 @@ class FrozenFile:
     """
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
-        self.path = path
         self.file = GrowingFile(path, [f"{name}#frozen_buffer" for name in (*names, "embedding", "head")])
 
     def taking(self, make: Make) -> Make:
@@ -139,13 +137,13 @@ class FrozenFile:
         for name, parameter in taken.items():
             self.file.add(name, parameter.detach())
         self.file.finish()
-        with open_safetensors(self.path) as file:
-            for name, parameter in taken.items():
-                parameter.data = file.get_tensor(name)
-            for quantizer in quantizers(model).values():
-                for name in quantizer.immutable:
-                    place(quantizer, name, file.get_tensor(f"{quantizer.name}#{name}"))
-                quantizer.mapped = bool(quantizer.immutable)
+        mapped = self.file.mapped()
+        for name, parameter in taken.items():
+            parameter.data = mapped[name]
+        for quantizer in quantizers(model).values():
+            for name in quantizer.immutable:
+                place(quantizer, name, mapped[f"{quantizer.name}#{name}"])
+            quantizer.mapped = bool(quantizer.immutable)
         stream(model)
 
 

@@ -2,7 +2,8 @@
 
 On the CPU, what safetensors reads is a view of a private map of the file. Reading it costs pages that the kernel may
 take back at any time; writing to it costs private copies of the pages, which stay until the whole file is unmapped,
-however many of its tensors are gone. Resident memory counts both, so pages that nobody needs are given back.
+however many of its tensors are gone. What is trained from disk lies in a shared map instead, of any size
+(`lrqat.safestream.GrowingFile`). Resident memory counts all of it, so pages that nobody needs are given back.
 
 Linux only; elsewhere nothing is done, and pages stay until the kernel wants them.
 """

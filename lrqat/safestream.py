@@ -13,13 +13,16 @@ Source: huggingface/safetensors README. Files appear under their final name only
 from __future__ import annotations
 
 import json
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,7 +138,7 @@ class GrowingFile:
         self.partial = path.with_name(path.name + ".partial")
         self.room = sum(len(json.dumps(name)) + ENTRY_BYTES for name in names) + ENTRY_BYTES
         self.room += -self.room % 8
-        self.header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}  # and where each begins
         self.offset = 0
         self.file: Any = None
 
@@ -151,26 +154,45 @@ class GrowingFile:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor now."""
-        if name in self.header:
+        if name in self.tensors:
             raise ValueError(f"{self.path}: tensor {name} occurs twice")
-        self.header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self.offset, self.offset + tensor.nbytes],
-        }
+        self.tensors[name] = (tensor.dtype, tuple(tensor.shape), self.offset)
         self.file.write(tensor_bytes(tensor))
         self.offset += tensor.nbytes
 
     def finish(self) -> None:
         """Write the header; the file gets its name."""
-        text = json.dumps(self.header, separators=(",", ":")).encode()
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        for name, (dtype, shape, begin) in self.tensors.items():
+            end = begin + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
         if len(text) > self.room:
-            raise ValueError(f"{self.path}: {len(self.header) - 1} tensors, more than were announced")
+            raise ValueError(f"{self.path}: {len(self.tensors)} tensors, more than were announced")
         self.file.seek(0)
         self.file.write(self.room.to_bytes(8, "little") + text + b" " * (self.room - len(text)))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.partial.replace(self.path)
+
+    def mapped(self) -> dict[str, Tensor]:
+        """The tensors of the finished file, not to be written to.
+
+        They lie in one shared map. A private one, as safetensors makes, Linux counts as memory to be had: it refuses
+        files larger than all of it.
+        """
+        if not self.offset:
+            return {name: self._view(torch.empty(0, dtype=torch.uint8), name) for name in self.tensors}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            bytes_N = torch.from_numpy(np.memmap(self.path, np.uint8, "r", 8 + self.room, (self.offset,)))
+        return {name: self._view(bytes_N, name) for name in self.tensors}
+
+    def _view(self, bytes_N: Tensor, name: str) -> Tensor:
+        """A tensor in the map; a copy of one that does not begin at a multiple of its numbers' size."""
+        dtype, shape, begin = self.tensors[name]
+        part_N = bytes_N[begin : begin + math.prod(shape) * dtype.itemsize]
+        return (part_N.clone() if begin % dtype.itemsize else part_N).view(dtype).view(shape)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -18,6 +18,7 @@ from lrqat.console import device
 from lrqat.errors import LrqatError
 from lrqat.models import locate
 from lrqat.offload import Pages, check_offload, frozen_bytes
+from lrqat.pages import MAPS
 from lrqat.plan import plan
 from lrqat.safestream import GrowingFile
 from lrqat.settings import TrainSettings
@@ -107,6 +108,30 @@ def test_the_announced_bytes_are_those_of_the_tensors(tiny_model_dir: Path, meth
         for name, quantizer in quantizers(model).items()
     }
     assert found == frozen_bytes(settings, decided)
+
+
+@LINUX
+def test_a_growing_file_is_mapped_shared_for_a_private_map_may_not_exceed_memory(tmp_path: Path) -> None:
+    tensors = {"codes": torch.arange(9, dtype=torch.uint8), "odd": torch.rand(3, 5).to(torch.bfloat16)}
+    with GrowingFile(tmp_path / "x.safetensors", ["a tensor"] * 3) as file:
+        for name, tensor in tensors.items():
+            file.add(name, tensor)
+        file.finish()
+        mapped = file.mapped()
+    assert all(torch.equal(mapped[name], tensor) for name, tensor in tensors.items())
+    address = mapped["codes"].data_ptr()
+    ways = [line.split()[1] for line in MAPS.read_text().splitlines() if spans(line, address)]
+    assert ways == ["r--s"]
+    with GrowingFile(tmp_path / "y.safetensors", ["b"]) as file:
+        file.add("b", torch.zeros(0, 2))
+        file.finish()
+        assert file.mapped()["b"].shape == (0, 2)
+
+
+def spans(line: str, address: int) -> bool:
+    """Whether a line of /proc/self/maps is of the map that an address lies in."""
+    first, last = (int(end, 16) for end in line.split()[0].split("-"))
+    return first <= address < last
 
 
 def test_a_growing_file_is_one_that_safetensors_reads(tmp_path: Path) -> None:
