@@ -10,7 +10,7 @@
                   percent too much there); with checkpointing, each layer's input and one layer's rest
     logits        chunks of the head's outputs, the student's and the teacher's
     transient     the largest weight, built for its matrix product, and the gradients around it
-    malloc        freed memory between what is in use, a tenth of all that is not frozen (measured; not on a GPU)
+    malloc        freed memory between what is in use, a share of all that is not frozen (measured; not on a GPU)
     process       Python, torch, transformers, the tokenizer, their libraries (measured; not on a GPU)
 
 The time is that of LR-QAT's linear layers, measured on this machine for one weight of the model, and of the head at the
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqat.losses import CHUNK_TOKENS, SLICE_BYTES
+from lrqat.memory import wide
 from lrqat.methods.lr_qat import LRQAT
 from lrqat.offload import frozen_bytes
 from lrqat.optimizer import moment_bytes
@@ -41,7 +42,7 @@ from lrqat.starts.walk import decoder_layers
 
 FLOAT = 4  # bytes of what is trained
 PROCESS = 600e6  # bytes; CPU build of torch 2.13, transformers 5.19
-MALLOC = 0.1
+MALLOC = {False: 0.1, True: 0.03}  # whether it is given back before every layer
 FROZEN = ("packed", "grid", "dense")
 FACTORED = ("lrqat", "scales")  # methods that keep outputs (`WeightQuantizer.factored`)
 BUFFERS = 3  # [T, O] around the largest weight
@@ -98,7 +99,8 @@ def estimate(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool = Fal
     if gpu:
         return Estimate(parts)
     changing = sum(nbytes for name, nbytes in parts.items() if name not in FROZEN)
-    return Estimate({**parts, "malloc": MALLOC * changing, "process": PROCESS})
+    gives_back = settings.gradient_checkpointing and wide(skeleton.config)
+    return Estimate({**parts, "malloc": MALLOC[gives_back] * changing, "process": PROCESS})
 
 
 def available_bytes() -> float:

@@ -10,6 +10,7 @@ import ctypes
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 # mallopt(3)
 M_TRIM_THRESHOLD = -1
@@ -17,6 +18,7 @@ M_MMAP_THRESHOLD = -3
 ALWAYS = (1 << 31) - 1  # the largest int
 NEVER = (1 << 30, 1 << 25)  # bytes of a block that comes from the kernel; glibc before 2.35 refuses the first
 LARGE = 3 << 19  # bytes: more than what a row tile takes in float32
+WIDE = 2048  # hidden states: below, fresh pages for activations cost percents of the products (4 to 8 at 576)
 
 
 def status_bytes(key: str, pid: int | str = "self") -> int | None:
@@ -40,6 +42,11 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in NEVER)
         libc.mallopt(M_TRIM_THRESHOLD, ALWAYS)
+
+
+def wide(config: Any) -> bool:
+    """Whether a model of this configuration is wide enough to train on fresh pages."""
+    return int(config.get_text_config().hidden_size) >= WIDE
 
 
 def give_large_blocks_back() -> None:

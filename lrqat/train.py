@@ -39,7 +39,7 @@ from lrqat.fused import FusedCheckpoint, is_fused, read_json, write_json
 from lrqat.jsonfile import read_metrics
 from lrqat.layers import fuse_model, quantizers
 from lrqat.losses import body_and_head, head_of
-from lrqat.memory import give_large_blocks_back, return_freed_memory
+from lrqat.memory import give_large_blocks_back, return_freed_memory, wide
 from lrqat.models import Base, locate
 from lrqat.offload import check_offload, offloaded, streamed
 from lrqat.optimizer import check_optimizer, make_optimizer
@@ -54,8 +54,6 @@ from lrqat.starts.walk import decoder_layers
 from lrqat.statistics import moved_share, statistics
 from lrqat.teacher import Blocks, cache_named, cache_teacher
 from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint
-
-WIDE = 2048  # hidden states: below, fresh pages for activations cost percents of the products (8% at 576)
 
 
 class Interrupted(Exception):
@@ -268,7 +266,7 @@ def make_trainer(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for quantizer in quantizers(model).values():
             quantizer.checkpointed = True
-        if model.config.get_text_config().hidden_size >= WIDE and not torch.cuda.is_available():
+        if wide(model.config) and not torch.cuda.is_available():
             leave_no_holes(model)
     loss_model = LossModel(model, teacher_VH)
     copy_first(loss_model)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrqat import memory
 from lrqat import train as training
 from lrqat.methods.place import passing
 from lrqat.settings import TrainSettings
@@ -66,7 +67,7 @@ def test_a_wide_checkpointed_model_gives_memory_back_before_each_layers_two_forw
     tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: int, times: int
 ) -> None:
     done: list[str] = []
-    monkeypatch.setattr(training, "WIDE", wide)
+    monkeypatch.setattr(memory, "WIDE", wide)
     monkeypatch.setattr(training, "give_large_blocks_back", lambda: done.append("large"))
     monkeypatch.setattr(training, "return_freed_memory", lambda: done.append("freed"))
     training.train(
