@@ -106,8 +106,8 @@ def plot(sweeps: dict[str, Any], path: Path) -> None:
         axes.plot(x, found["cpu_seconds"], "o")
         axes.set_title(f"{name}, R² {found['fit']['r2']:.4f}", fontsize=9)
         axes.set_xlabel(found["axis"])
-        axes.set_ylim(0)
-        axes.set_xlim(0)
+        axes.set_ylim(0, 1.1 * max(found["cpu_seconds"]))
+        axes.set_xlim(0, 1.1 * max(found["x"]))
     figure.axes[0].set_ylabel("CPU seconds a step")
     figure.savefig(path, dpi=150)
 
