@@ -42,7 +42,8 @@ from lrqat.starts.walk import decoder_layers
 
 FLOAT = 4  # bytes of what is trained
 PROCESS = 600e6  # bytes; CPU build of torch 2.13, transformers 5.19
-MALLOC = {False: 0.1, True: 0.03}  # whether it is given back before every layer
+MALLOC = 0.1
+MALLOC_GIVEN_BACK = 0.03  # before every layer
 FROZEN = ("packed", "grid", "dense")
 FACTORED = ("lrqat", "scales")  # methods that keep outputs (`WeightQuantizer.factored`)
 BUFFERS = 3  # [T, O] around the largest weight
@@ -99,8 +100,8 @@ def estimate(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool = Fal
     if gpu:
         return Estimate(parts)
     changing = sum(nbytes for name, nbytes in parts.items() if name not in FROZEN)
-    gives_back = settings.gradient_checkpointing and wide(skeleton.config)
-    return Estimate({**parts, "malloc": MALLOC[gives_back] * changing, "process": PROCESS})
+    share = MALLOC_GIVEN_BACK if settings.gradient_checkpointing and wide(skeleton.config) else MALLOC
+    return Estimate({**parts, "malloc": share * changing, "process": PROCESS})
 
 
 def available_bytes() -> float:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrqat.errors import LrqatError
-from lrqat.pages import give_back, in_file
+from lrqat.pages import give_back
 
 CHUNK_TOKENS = 128  # tokens of one matrix product with the head
 SLICE_BYTES = 1 << 26  # of a head in a mapped file, which are resident at once
@@ -56,7 +56,7 @@ class Head(NamedTuple):
         for start in range(0, words, each):
             chunk = slice(start, min(start + each, words))
             yield chunk
-            if self.mapped and count > 1:
+            if count > 1:
                 give_back(self.weight_VH[chunk])
 
     def multiply(self, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
@@ -186,12 +186,7 @@ def head_loss(hidden_BTH: Tensor, head: Head, target: Tensor, teacher: Head | No
 def head_of(model: Any) -> Head:
     """The head of a causal language model, with the soft cap that its config names."""
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return make_head(model.get_output_embeddings().weight, cap)
-
-
-def make_head(weight_VH: Tensor, cap: float | None) -> Head:
-    """A head, wherever its weight lies."""
-    return Head(weight_VH, cap, not weight_VH.requires_grad and in_file(weight_VH))
+    return Head(model.get_output_embeddings().weight, cap)
 
 
 def body_and_head(model: Any) -> tuple[Any, Head]:

@@ -31,15 +31,21 @@ def status_bytes(key: str, pid: int | str = "self") -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, if it is glibc."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "malloc_trim") else None
+
+
 def return_freed_memory() -> None:
     """What is free goes back to the kernel now, from between what is kept, too; where there is no glibc, nothing."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if libc := _glibc():
         libc.malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
     """Tell glibc not to give memory back; elsewhere nothing."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if libc := _glibc():
         any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in NEVER)
         libc.mallopt(M_TRIM_THRESHOLD, ALWAYS)
 
@@ -55,5 +61,5 @@ def give_large_blocks_back() -> None:
     What is kept has holes: a block asked for with an alignment does not fit where one of its size was, and where a
     layer's input comes to lie that stays, nothing large fits. With the decoder layers of a 7B model that is .3 GB.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if libc := _glibc():
         libc.mallopt(M_MMAP_THRESHOLD, LARGE)

@@ -27,7 +27,7 @@ from lrqat.errors import LrqatError
 from lrqat.grid import Grid
 from lrqat.layers import Make, quantizers
 from lrqat.methods.base import WeightQuantizer
-from lrqat.pages import ask_for, give_back, in_file
+from lrqat.pages import ask_for, give_back, in_file, only_read
 from lrqat.plan import Plan
 from lrqat.safestream import GrowingFile
 from lrqat.settings import TrainSettings
@@ -202,9 +202,8 @@ def streamed(model: Any) -> Iterator[None]:
 
 def frozen_in_files(module: nn.Module) -> list[Tensor]:
     """Every frozen tensor of a module that lies in a mapped file."""
-    dense = [p for p in module.parameters() if not p.requires_grad]
     packed = [getattr(q, name) for q in module.modules() if isinstance(q, WeightQuantizer) for name in q.immutable]
-    return [tensor for tensor in (*dense, *packed) if in_file(tensor)]
+    return [tensor for tensor in (*module.parameters(), *packed) if only_read(tensor)]
 
 
 class Pages:

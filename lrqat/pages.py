@@ -33,6 +33,11 @@ def in_file(tensor: Tensor) -> bool:
     return False
 
 
+def only_read(tensor: Tensor) -> bool:
+    """Whether it lies in a mapped file and is frozen: its pages may be given back."""
+    return not tensor.requires_grad and in_file(tensor)
+
+
 def give_back(tensor: Tensor) -> None:
     """Let go of the pages of a tensor in a mapped file (`in_file`): when it is read again, it is as in the file.
 

@@ -27,9 +27,9 @@ from lrqat.console import log, peak_memory_gb
 from lrqat.errors import LrqatError
 from lrqat.fused import read_json
 from lrqat.jsonfile import read_metrics
-from lrqat.losses import head_loss, head_of, make_head
+from lrqat.losses import Head, head_loss, head_of
 from lrqat.optimizer import load_state, state_of
-from lrqat.pages import give_back, in_file
+from lrqat.pages import give_back, only_read
 from lrqat.ranks import agreed
 
 
@@ -47,8 +47,10 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = model
         self.register_buffer("teacher_VH", teacher_VH, persistent=False)
+        self.mapped = only_read(head_of(model).weight_VH)
+        self.teacher_mapped = teacher_VH is not None and only_read(teacher_VH)
         embedding = model.get_input_embeddings()
-        if not embedding.weight.requires_grad and in_file(embedding.weight):
+        if only_read(embedding.weight):
             embedding.register_forward_hook(lambda module, *_: give_back(module.weight))
 
     def forward(
@@ -59,8 +61,8 @@ class LossModel(nn.Module):
         With answers, bool [B, T], the mean is over the tokens that predict one; the head sees no others.
         """
         hidden_BTH = self.model.base_model(input_ids, use_cache=False).last_hidden_state
-        head = head_of(self.model)
-        taught = None if self.teacher_VH is None else make_head(self.teacher_VH, head.cap)
+        head = head_of(self.model)._replace(mapped=self.mapped)
+        taught = None if self.teacher_VH is None else Head(self.teacher_VH, head.cap, self.teacher_mapped)
         if answers is not None:
             next_BT = answers[:, 1:]
             hidden_1KH = hidden_BTH[:, :-1][next_BT][None]

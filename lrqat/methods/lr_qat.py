@@ -97,10 +97,11 @@ class LRQAT(GainQuantizer):
 
     def pieces(self, rows: Rows) -> Pieces:
         """(Phi0 as it is stored, (alpha/r) A B)."""
+        return self._phi(rows), torch.mm(self.a_OR[rows].detach() * self.multiplier, self.b_RI.detach())
+
+    def _phi(self, rows: Rows) -> Tensor:
         phi_KI = self.stored("phi", rows, self.a_OR.device)
-        if self.downcast == "int":
-            phi_KI = self._unpack(phi_KI)
-        return phi_KI, torch.mm(self.a_OR[rows].detach() * self.multiplier, self.b_RI.detach())
+        return self._unpack(phi_KI) if self.downcast == "int" else phi_KI
 
     @staticmethod
     def latent_of(grid: Grid, pieces: Pieces, affine: Affine) -> Tensor:
@@ -123,8 +124,8 @@ class LRQAT(GainQuantizer):
 
     def frozen(self, rows: slice) -> Tensor:
         """Phi0, float32 [rows, I]."""
-        phi_KI, delta_KI = self.pieces(rows)
-        return self.latent_of(self.grid, (phi_KI, torch.zeros_like(delta_KI)), self.affine())
+        phi_KI = self._phi(rows)
+        return self.latent_of(self.grid, (phi_KI, torch.zeros(phi_KI.shape, device=phi_KI.device)), self.affine())
 
     def started(self, rows: slice) -> Tensor:
         """nearest(Phi0)."""

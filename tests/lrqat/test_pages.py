@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from lrqat import losses
 from lrqat.begin import prepare_once
-from lrqat.losses import head_loss, make_head
+from lrqat.losses import Head, head_loss
 from lrqat.models import locate
-from lrqat.pages import MAPS, ask_for, give_back, in_file
+from lrqat.pages import MAPS, ask_for, give_back, in_file, only_read
 from lrqat.plan import plan
 from lrqat.settings import TrainSettings
 from lrqat.starts.rotation import rotate
@@ -126,7 +126,7 @@ def test_a_mapped_head_is_read_in_slices_that_are_never_all_resident(
 
     monkeypatch.setattr(torch, "mm", counted)
     found = []
-    for head in (make_head(whole_VH, None), make_head(mapped_VH, None)):
+    for head in (Head(weight_VH, None, only_read(weight_VH)) for weight_VH in (whole_VH, mapped_VH)):
         assert head.mapped == (head.weight_VH is mapped_VH)
         hidden_BTH = student_BTH.clone().requires_grad_()
         loss = head_loss(hidden_BTH, head, teacher_BTH)
