@@ -112,6 +112,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("--steps", type=int, default=32)
     args = parser.parse_args()
+    from lrqat.console import bfloat16_is_slow
+
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -119,7 +121,8 @@ def main() -> int:
     train_text, held_out = texts(out)
     run, rtn = out / "run", out / "rtn"
     resume = "--resume" if (run / "run.json").is_file() else ""
-    command(f"lrqat train {model} --grid w4g32 --data {train_text} --steps {args.steps} --out {run} {resume}")
+    options = f"--steps {args.steps} --dtype {'float32' if bfloat16_is_slow() else 'bfloat16'}"
+    command(f"lrqat train {model} --grid w4g32 --data {train_text} {options} --out {run} {resume}")
     command(f"lrqat ptq {model} --grid w4g32 --method rtn --out {rtn}")
     files = {
         "bf16": export_base(model, out / "smollm2-f16.gguf"),

@@ -145,7 +145,8 @@ def fuse_model(
         found[name].release()
         return fused
 
-    dense = dense_tensors(model)
+    stored = stored_dtype(hf_config)
+    dense = {name: narrowed(tensor, stored) for name, tensor in dense_tensors(model).items()}
     return FusedCheckpoint(
         tensors=Lazy(found, fuse),
         dense=dense,
@@ -155,6 +156,20 @@ def fuse_model(
         assets=assets,
         provenance=provenance,
     )
+
+
+def stored_dtype(hf_config: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that config.json names for the checkpoint's tensors."""
+    found = getattr(torch, str(hf_config.get("dtype") or hf_config.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def narrowed(tensor: Tensor, stored: torch.dtype | None) -> Tensor:
+    """In the checkpoint's dtype, if that holds every value: training may have run in a wider one."""
+    if stored is None or stored.itemsize >= tensor.dtype.itemsize:
+        return tensor
+    narrow = tensor.to(stored)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def effective_config(model: Any, hf_config: dict[str, Any]) -> dict[str, Any]:

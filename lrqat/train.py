@@ -30,7 +30,7 @@ from torch import Tensor
 from lrqat.begin import check_layers, prepare_once, swap_for_training, train_blocks, untie
 from lrqat.board import Board, board_is_there
 from lrqat.chat import answer_blocks
-from lrqat.console import device, log, peak_memory_gb
+from lrqat.console import bfloat16_is_slow, device, log, peak_memory_gb
 from lrqat.continuing import FusedBase
 from lrqat.data import blocks, draw
 from lrqat.errors import LrqatError
@@ -103,6 +103,10 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     check_offload(settings, decided, skeleton, device())
     log(f"{settings.model}: {decided}")
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
+    if settings.dtype == "bfloat16" and bfloat16_is_slow():
+        log(
+            "dtype: this CPU has no instructions for bfloat16; --dtype float32 is several times as fast"
+        )
     mine, order = share(len(blocks_NT), settings.blocks_trained, settings.batch_size).unique(return_inverse=True)
     blocks_NT = blocks_NT[mine]
     teacher = out / own("teacher.npy") if settings.loss == "kd" else None

@@ -113,3 +113,14 @@ def test_a_weight_that_does_not_fuse_to_its_forward_is_never_saved(model: Any, t
     with pytest.raises(RuntimeError, match=f"{name}: the fused weight is not the weight of the training forward"):
         checkpoint.save(tmp_path / "fused")
     assert not list(tmp_path.iterdir())
+
+
+def test_dense_tensors_go_back_to_the_checkpoints_dtype_where_it_holds_them(tiny_model_dir: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16).float().eval()
+    swapped(model)
+    model.model.norm.weight.data.mul_(1 + 2**-12)  # more digits than bfloat16 has
+    checkpoint = fuse_model(model, {"dtype": "bfloat16"}, {}, {})
+    wide = {name for name, tensor in checkpoint.dense.items() if tensor.dtype != torch.bfloat16}
+    assert wide == {"model.norm.weight"}
+    assert all(torch.equal(tensor.float(), model.get_parameter(name)) for name, tensor in checkpoint.dense.items())
+    assert checkpoint.dense_specs["model.embed_tokens.weight"].dtype == torch.bfloat16
