@@ -104,9 +104,7 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     log(f"{settings.model}: {decided}")
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
     if settings.dtype == "bfloat16" and bfloat16_is_slow():
-        log(
-            "dtype: this CPU has no instructions for bfloat16; --dtype float32 is several times as fast"
-        )
+        log("dtype: this CPU has no instructions for bfloat16; --dtype float32 is several times as fast")
     mine, order = share(len(blocks_NT), settings.blocks_trained, settings.batch_size).unique(return_inverse=True)
     blocks_NT = blocks_NT[mine]
     teacher = out / own("teacher.npy") if settings.loss == "kd" else None

@@ -4,10 +4,13 @@
     U = upper Cholesky factor of (H + damp mean(diag H))^-1                                 (section 3.3)
     for each column i:   e = (w_i - w^_i) / U_ii,     w_j -= U_ij e for all j > i           (eq. 2-3)
 
-Columns are taken in blocks of 128: inside, errors are passed on at once; to the columns beyond, once a block. With
-`act_order`, columns come in falling order of diag H, and each keeps the group that it had: parts are found before
-("static groups") and codes come out in the original order. Without, a group's parts are found when its first column
-comes, from the weights as they are by then. Any grid: only s, m and `Grid.nearest` are asked for.
+Columns are taken in blocks of 128: inside, errors are passed on at once; to the columns beyond, once a block. They come
+in falling order of diag H, and each keeps the group that it had ("act-order" with "static groups"): parts are found
+before, and codes come out in the original order. Any grid: only s, m and `Grid.nearest` are asked for.
+
+The range that rounds a row's weights best is not the one that rounds it best behind this compensation: narrower ones
+are, at few bits. Rows do not know of each other, and sum e^2 over the columns is the error of a row's outputs,
+(w - w^) H (w - w^)^T. So every row is rounded in each of some RANGES, and the best is kept.
 
 Decoder layers come one after the other, so memory is the model, hidden states and the Hessians of one layer's inputs;
 matrices that share their input (q, k, v) share the Hessian. Experts in 3-D parameters, the head and the embeddings are
@@ -27,13 +30,15 @@ from lrqat.errors import LrqatError
 from lrqat.fused import FusedTensor
 from lrqat.grid import Grid
 from lrqat.plan import Plan
-from lrqat.ranges import start
+from lrqat.ranges import row_tiles, start
 from lrqat.sites import LINEAR, Site
 from lrqat.starts.codes import rounded, start_from
 from lrqat.starts.walk import Walk
 
 BLOCK = 128
 DAMP = 0.01
+RANGES = (1.1, 1.0, 0.92, 0.84, 0.77, 0.7, 0.64, 0.58, 0.52)  # shares of the range that the search has found
+AT_ONCE = 1 << 24  # numbers of a float32 temporary: rows, in all ranges, times columns
 
 
 @torch.no_grad()
@@ -43,9 +48,7 @@ def gptq_model(
     blocks_NT: Tensor,
     p: float | None,
     *,
-    act_order: bool = True,
     damp: float = DAMP,
-    keep: str = "weight",
 ) -> dict[str, dict[str, Tensor]]:
     """Put W' (`lrqat.starts.codes`) in the place of the planned linear weights; returns their parts by site name.
 
@@ -56,15 +59,13 @@ def gptq_model(
         plan: which matrices, on which grids.
         blocks_NT: calibration tokens; some 16k suffice.
         p: exponent of the range search.
-        act_order: columns in falling order of their inputs' energy.
         damp: share of the mean of diag H that is added to it.
-        keep: what W' is near to: "weight", the pretrained one, or "compensated", as it was when its column came.
     """
     walk = Walk(model, blocks_NT)
     states_NTH = walk.states_NTH
     found: dict[str, dict[str, Tensor]] = {}
     for number in bar(range(len(walk.layers)), "gptq"):
-        parts = gptq_layer(model, plan, walk, number, states_NTH, p, act_order=act_order, damp=damp, keep=keep)
+        parts = gptq_layer(model, plan, walk, number, states_NTH, p, damp=damp)
         real = {}
         for name in parts:
             weight_OI = model.get_parameter(plan.sites[name].origin.parameter).data
@@ -86,9 +87,7 @@ def gptq_layer(
     states_NTH: Tensor,
     p: float | None,
     *,
-    act_order: bool = True,
     damp: float = DAMP,
-    keep: str = "weight",
 ) -> dict[str, dict[str, Tensor]]:
     """`gptq_model` of one decoder layer, in front of which the quantized prefix has left `states_NTH`."""
     sites = layer_sites(plan, f"{walk.name}.{number}")
@@ -97,9 +96,8 @@ def gptq_layer(
     for site in sites:
         weight_OI, grid = model.get_parameter(site.origin.parameter).data, plan.grids[site.name]
         hessian_II = hessians[module_path(site)]
-        fused, before_OI = gptq(weight_OI, hessian_II, grid, p, act_order=act_order, damp=damp, name=site.name)
-        real_OI = weight_OI if keep == "weight" else before_OI.to(weight_OI.dtype)
-        adjusted_OI, found[site.name] = start_from(real_OI, fused, site.name)
+        fused, _ = gptq(weight_OI, hessian_II, grid, p, damp=damp, name=site.name)
+        adjusted_OI, found[site.name] = start_from(weight_OI, fused, site.name)
         weight_OI.copy_(adjusted_OI)
     return found
 
@@ -162,45 +160,60 @@ def _identity(layer: nn.Module, path: str, prefix: str) -> Tensor:
 
 @torch.no_grad()
 def gptq(
-    weight_OI: Tensor,
-    hessian_II: Tensor,
-    grid: Grid,
-    p: float | None,
-    *,
-    act_order: bool = True,
-    damp: float = DAMP,
-    name: str = "weight",
+    weight_OI: Tensor, hessian_II: Tensor, grid: Grid, p: float | None, *, damp: float = DAMP, name: str = "weight"
 ) -> tuple[FusedTensor, Tensor]:
     """(codes and parts, the compensated weights float32 [O, I] that were rounded to them)."""
-    columns = weight_OI.shape[1]
-    parts = start(weight_OI, grid, p, name)
-    energy_I = hessian_II.diagonal()
-    order_I = energy_I.argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    order_I = order_I.to(weight_OI.device)
+    rows, columns = weight_OI.shape
+    order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
     factor_II = inverse_factor(hessian_II[order_I][:, order_I], damp, name)
-    rest_IO = weight_OI.float().T[order_I].contiguous()
-    levels_IO = torch.empty_like(rest_IO)
-    group, unit = grid.columns_per_group(columns), fitted_together(grid, columns)
-    block = max(1, BLOCK // unit) * unit if not act_order and unit < columns else BLOCK
-    affine = grid.affine(parts)
-    for first in range(0, columns, block):
-        end = min(first + block, columns)
+    tiles = row_tiles(rows, columns, AT_ONCE // len(RANGES))
+    found = [in_best_range(weight_OI[tile].float(), order_I, factor_II, grid, p, name) for tile in tiles]
+    levels, compensated, parts = zip(*found, strict=True)
+    back_I = order_I.argsort()
+    codes_OI = grid.encode(torch.cat(levels)[:, back_I])
+    whole = {part: torch.cat([each[part] for each in parts]) for part in parts[0]}
+    return FusedTensor.make(codes_OI, whole, grid), torch.cat(compensated)[:, back_I]
+
+
+def in_best_range(
+    weight_KI: Tensor, order_I: Tensor, factor_II: Tensor, grid: Grid, p: float | None, name: str
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(levels, compensated weights, parts) of some rows, each in the range where its outputs err the least.
+
+    Columns of levels and weights are in the order that they were rounded in.
+    """
+    tried = [start(weight_KI * share, grid, p, name) for share in RANGES]  # share * W has that share of W's range
+    parts = {part: torch.cat([each[part] for each in tried]) for part in tried[0]}
+    rest_IM = weight_KI.T[order_I].repeat(1, len(RANGES))  # M: rows, in all ranges
+    levels_IM, cost_M = by_columns(rest_IM, order_I, factor_II, grid, parts)
+    rows = len(weight_KI)
+    best_K = cost_M.view(len(RANGES), rows).argmin(0) * rows + torch.arange(rows, device=cost_M.device)
+    return levels_IM[:, best_K].T, rest_IM[:, best_K].T, {part: values[best_K] for part, values in parts.items()}
+
+
+def by_columns(
+    rest_IO: Tensor, order_I: Tensor, factor_II: Tensor, grid: Grid, parts: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(levels [I, O], error of each row's outputs [O]); `rest_IO`, in `order_I`, becomes the compensated weights."""
+    columns = len(rest_IO)
+    group, affine = grid.columns_per_group(columns), grid.affine(parts)
+    group_I = (order_I // group).tolist()
+    scale_GO = affine.scale_OG.T.contiguous()
+    offset_GO = None if affine.offset_OG is None else affine.offset_OG.T.contiguous()
+    levels_IO, cost_O = torch.empty_like(rest_IO), torch.zeros_like(rest_IO[0])
+    for first in range(0, columns, BLOCK):
+        end = min(first + BLOCK, columns)
         errors_KO = torch.empty_like(rest_IO[first:end])
         for i in range(first, end):
-            column = int(order_I[i])
-            if not act_order and unit < columns and column % unit == 0:
-                refit(parts, grid, rest_IO[column : column + unit].T, column // unit, columns // unit, p)
-                affine = grid.affine(parts)
-            s_O = affine.scale_OG[:, column // group]
-            m_O = affine.offset_OG[:, column // group] if affine.offset_OG is not None else 0.0
+            s_O = scale_GO[group_I[i]]
+            m_O = offset_GO[group_I[i]] if offset_GO is not None else 0.0
             levels_IO[i] = grid.nearest((rest_IO[i] - m_O) / s_O)
             error_O = (rest_IO[i] - (s_O * levels_IO[i] + m_O)) / factor_II[i, i]
             rest_IO[i + 1 : end].addr_(factor_II[i, i + 1 : end], error_O, alpha=-1)
             errors_KO[i - first] = error_O
+        cost_O += errors_KO.square().sum(0)
         rest_IO[end:].addmm_(factor_II[first:end, end:].T, errors_KO, alpha=-1)
-    back_I = order_I.argsort()
-    codes_OI = grid.encode(levels_IO[back_I].T.contiguous())
-    return FusedTensor.make(codes_OI, parts, grid), rest_IO[back_I].T.contiguous()
+    return levels_IO, cost_O
 
 
 def inverse_factor(hessian_II: Tensor, damp: float, name: str) -> Tensor:
@@ -218,16 +231,3 @@ def inverse_factor(hessian_II: Tensor, damp: float, name: str) -> Tensor:
             if not failed:
                 return upper_II
     raise LrqatError(f"{name}: the calibration inputs are not finite, or have no inverse; give more --data")
-
-
-def fitted_together(grid: Grid, columns: int) -> int:
-    """Columns whose parts `Grid.fit` finds together: a group; of a K-quant, a super-block."""
-    return columns // min(part.shape[1] for part in grid.parts(1, columns).values())
-
-
-def refit(parts: dict[str, Tensor], grid: Grid, weight_OK: Tensor, number: int, count: int, p: float | None) -> None:
-    """Find the parts of one run of columns again, in place."""
-    fitted: Mapping[str, Tensor] = grid.fit(weight_OK.contiguous(), p)
-    for name, values in fitted.items():
-        width = parts[name].shape[1] // count
-        parts[name][:, number * width : (number + 1) * width] = values
