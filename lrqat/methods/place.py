@@ -1,7 +1,8 @@
 """Where weights lie that are made, used and dropped: on the CPU all in one place, as large as the largest.
 
 Taken from malloc, each would leave a hole behind in which something small comes to lie that stays (a layer's input, a
-gradient), and the next weight would not fit. A GPU's allocator keeps large and small blocks apart by itself.
+gradient), and the next weight would not fit; or, where large blocks come from the kernel, each would be fresh pages. So
+there is a place for every use, which what is made of row tiles shares. A GPU's allocator does this by itself.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ from torch import Tensor
 
 
 class _Place(threading.local):
-    """Bytes of this thread."""
+    """Bytes of this thread, by use."""
 
-    held = torch.empty(0, dtype=torch.uint8)
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
 
 
 _place = _Place()
 
 
-def passing(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialized; on the CPU it is good until this thread asks for the next one."""
+def passing(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, use: str = "weight") -> Tensor:
+    """Uninitialized; on the CPU it is good until this thread asks for the next one of this use."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     nbytes = math.prod(shape) * dtype.itemsize
-    if len(_place.held) < nbytes:
-        _place.held = torch.empty(0, dtype=torch.uint8)  # gone before there is another
-        _place.held = torch.empty(nbytes, dtype=torch.uint8)
-    return _place.held[:nbytes].view(dtype).view(shape)
+    held = _place.held.pop(use, None)
+    if held is None or len(held) < nbytes:
+        held = None  # gone before there is another
+        held = torch.empty(nbytes, dtype=torch.uint8)
+    _place.held[use] = held
+    return held[:nbytes].view(dtype).view(shape)

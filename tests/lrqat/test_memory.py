@@ -55,6 +55,7 @@ def test_passing_tensors_lie_in_one_place_that_grows_and_is_a_threads_own() -> N
     again = passing((4, 4), torch.float32, cpu)
     assert small.shape == (3, 5) and small.dtype == torch.float32 and large.dtype == torch.bfloat16
     assert large.data_ptr() == again.data_ptr()
+    assert passing((4, 4), torch.float32, cpu, "another use").data_ptr() != again.data_ptr()
     there: list[int] = []
     thread = threading.Thread(target=lambda: there.append(passing((4, 4), torch.float32, cpu).data_ptr()))
     thread.start()
