@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrqat.errors import LrqatError
+from lrqat.methods.products import product
 from lrqat.pages import give_back
 
 CHUNK_TOKENS = 128  # tokens of one matrix product with the head
@@ -62,14 +63,14 @@ class Head(NamedTuple):
     def multiply(self, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
         """W h of each token, into `out_CV`."""
         for words in self.slices():
-            torch.mm(hidden_CH, self.weight_VH[words].T, out=out_CV[:, words])
+            product(hidden_CH, self.weight_VH[words].T, out=out_CV[:, words])
         return out_CV
 
     def transposed(self, grad_CV: Tensor) -> Tensor:
         """W^T g of each token; over several slices summed in float32."""
         sums_CH = None
         for words in self.slices():
-            part_CH = grad_CV[:, words] @ self.weight_VH[words]
+            part_CH = product(grad_CV[:, words], self.weight_VH[words])
             if words.stop - words.start == len(self.weight_VH):
                 return part_CH
             sums_CH = part_CH.float() if sums_CH is None else sums_CH.add_(part_CH)

@@ -11,9 +11,10 @@ dL/dW = g^T X is a third product of the size of the forward pass. With one s a r
 Y stands for X W^T, so it is kept for backward. Few weights are clipped (at most 1e-5 of SmolLM2's); of those, dL/du is
 formed one by one and taken off again, so the mask of the straight-through estimator holds exactly.
 
-With groups, s stays inside the sum over i: Z_g = X_g B_g^T for every group makes T * O * R * G products for dA, which
-at R = 32 and groups of 32 is what g^T X takes. There row tiles of dL/dW are the cheapest exact form
-(`lrqat.methods.base`).
+With groups, s stays inside the sum over i: Z_g = X_g B_g^T for every group makes T * O * R * G products for dA, as many
+for dB, and ds takes T * O * I of its own, since no group's share of Y is there; s has full rank, so no other split is
+shorter. At R = 32 and groups of 32 each is what g^T X takes, of which all three are made: row tiles of dL/dW are the
+cheapest exact form (`lrqat.methods.base`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lrqat.grid import Affine, Grid
+from lrqat.methods.products import product
 
 RUN = 16  # tokens whose g * Y are added up while they are in registers
 AT_ONCE = 1 << 20  # numbers of a float32 temporary [T, O]
@@ -69,7 +71,7 @@ def clipped_slopes(grid: Grid, affine: Affine, latent_KI: Tensor, grad_TK: Tenso
     clipped_KI = (latent_KI <= low) | (latent_KI >= high)
     places = clipped_KI.nonzero(as_tuple=True)
     if len(places[0]) * SPARSE > clipped_KI.numel():
-        return (grad_TK.T @ x_TI).float() * clipped_KI * affine.scale_OG
+        return product(grad_TK.T, x_TI).float() * clipped_KI * affine.scale_OG
     slopes_KI = torch.zeros_like(latent_KI)
     slopes_KI[places] = (grad_TK.T[places[0]].float() * x_TI.T[places[1]].float()).sum(1)
     return slopes_KI * affine.scale_OG
