@@ -22,16 +22,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrqat.fused import FusedTensor
 from lrqat.grid import Affine, Grid, Rows
 from lrqat.methods.factored import clipped_slopes, scale_slopes
 from lrqat.methods.place import passing
+from lrqat.methods.products import product, product_dtype
 from lrqat.methods.tiles import Kernels, Pieces, Slopes, by_group, kernels
 from lrqat.pages import give_back
-from lrqat.ranges import row_tiles
+from lrqat.ranges import COMPILED_WEIGHTS, row_tiles
 
 
 class WeightQuantizer(nn.Module):
@@ -115,8 +115,8 @@ class WeightQuantizer(nn.Module):
         return self.grid.affine(self.parts())
 
     def tiles(self) -> list[slice]:
-        """Row slices that keep one tile's temporaries in cache."""
-        return row_tiles(*self.shape)
+        """Row slices that keep one tile's temporaries in cache; larger ones where there are none."""
+        return row_tiles(*self.shape, COMPILED_WEIGHTS if self.compiled else None)
 
     @torch.no_grad()
     def levels(self, rows: slice, affine: Affine) -> Tensor:
@@ -179,7 +179,7 @@ class QuantizedLinear(torch.autograd.Function):
             ends = weigh_reaching(quantizer, affine, codes_OI, weight_OI)
         else:
             quantizer.weigh(affine, weight_OI)
-        output = F.linear(x, weight_OI, bias)
+        output = product(x.reshape(-1, x.shape[-1]), weight_OI.T, bias).view(*x.shape[:-1], quantizer.shape[0])
         needs_output = ctx.factored and any(ctx.needs_input_grad[3:5])
         kept = (codes_OI, *(ends or (None, None)))
         ctx.save_for_backward(x, bias, scale_OG, offset_OG, output if needs_output else None, *kept)
@@ -215,7 +215,7 @@ class QuantizedLinear(torch.autograd.Function):
             differentiate(quantizer, affine, grad_TO, x_TI, weight_OI, large, scale, offset)
         else:
             quantizer.weigh(affine, weight_OI)
-        grad_x = (grad_TO @ weight_OI).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_x = product(grad_TO, weight_OI).view_as(x) if ctx.needs_input_grad[0] else None
         grad_bias = grad_TO.sum(0) if ctx.needs_input_grad[1] else None
         scale, offset = (g if n else None for g, n in zip((scale, offset), ctx.needs_input_grad[3:5], strict=True))
         return grad_x, grad_bias, None, scale, offset, *large.values()
@@ -232,15 +232,15 @@ def differentiate(
     offset: Tensor | None,
 ) -> None:
     """Fill in the weight again, and by the way all gradients, from dL/dW one row tile at a time."""
-    kernel = quantizer.kernels().differentiate
+    kernel, dtype = quantizer.kernels().differentiate, product_dtype(x_TI)
     for rows in quantizer.tiles():
-        grad_KI = grad_TO[:, rows].T @ x_TI
-        slopes = kernel(quantizer.pieces(rows), affine.rows(rows), grad_KI, weight_OI[rows])
-        if slopes.large_KI is not None and large:
-            quantizer.absorb(rows, slopes.large_KI, large)
-        scale[rows] = slopes.scale_KG
-        if offset is not None and slopes.offset_KG is not None:
-            offset[rows] = slopes.offset_KG
+        grad_KI = passing((rows.stop - rows.start, x_TI.shape[1]), dtype, x_TI.device, "slopes")
+        product(grad_TO[:, rows].T, x_TI, out=grad_KI)
+        scale[rows], offset_KG = kernel(quantizer.pieces(rows), affine.rows(rows), grad_KI, weight_OI[rows])
+        if large:
+            quantizer.absorb(rows, grad_KI, large)
+        if offset is not None and offset_KG is not None:
+            offset[rows] = offset_KG
 
 
 def weigh_reaching(

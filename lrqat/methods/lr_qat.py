@@ -28,6 +28,8 @@ from lrqat.errors import LrqatError
 from lrqat.grid import Affine, Grid, Parts, Rows, to_latent
 from lrqat.methods.base import WeightQuantizer
 from lrqat.methods.gains import GainQuantizer
+from lrqat.methods.place import passing
+from lrqat.methods.products import product
 from lrqat.methods.tiles import Pieces, Slopes, by_group, inside
 from lrqat.ranges import fill
 from lrqat.settings import DOWNCASTS
@@ -97,7 +99,9 @@ class LRQAT(GainQuantizer):
 
     def pieces(self, rows: Rows) -> Pieces:
         """(Phi0 as it is stored, (alpha/r) A B)."""
-        return self._phi(rows), torch.mm(self.a_OR[rows].detach() * self.multiplier, self.b_RI.detach())
+        a_KR, b_RI = self.a_OR[rows].detach() * self.multiplier, self.b_RI.detach()
+        delta_KI = passing((len(a_KR), self.shape[1]), torch.float32, a_KR.device, "delta")
+        return self._phi(rows), torch.mm(a_KR, b_RI, out=delta_KI)
 
     def _phi(self, rows: Rows) -> Tensor:
         phi_KI = self.stored("phi", rows, self.a_OR.device)
@@ -144,5 +148,6 @@ class LRQAT(GainQuantizer):
     def absorb_product(self, grad_TO: Tensor, x_TI: Tensor, scale_O: Tensor, grads: dict[str, Tensor]) -> None:
         """dA = c s * (dY^T (X B^T)),  dB = (dY (c s * A))^T X; products in the activations' dtype."""
         times_O1, b_RI = (self.multiplier * scale_O)[:, None], self.b_RI.detach().to(x_TI.dtype)
-        grads["a_OR"] += ((x_TI @ b_RI.T).T @ grad_TO).T * times_O1
-        grads["b_RI"] += (grad_TO @ (self.a_OR.detach() * times_O1).to(x_TI.dtype)).T @ x_TI
+        grads["a_OR"] += product(product(x_TI, b_RI.T).T, grad_TO).T * times_O1
+        ga_TR = product(grad_TO, (self.a_OR.detach() * times_O1).to(x_TI.dtype))
+        grads["b_RI"] += product(ga_TR.T, x_TI)

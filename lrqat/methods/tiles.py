@@ -3,7 +3,7 @@
     weigh           x = latent(pieces);  l = nearest(x);  W^ = s * l + m, into its place in the weight
     weigh_reaching  the same, and the least and the greatest x of each row; and the codes of l, if asked for
     weigh_codes     W^ of such codes
-    differentiate   the same as weigh, and with g = dL/dW^:  dL/d(large) [K, I], dL/ds [K, G], dL/dm [K, G]
+    differentiate   the same as weigh, and with g = dL/dW^:  dL/d(large) [K, I] in its place, dL/ds [K, G], dL/dm [K, G]
     dots            sums of dL/dY * Y over runs of tokens (`lrqat.methods.factored`)
 
 Plain torch makes a dozen passes over the tile; torch.compile makes one of each function, with the same bits: nothing
@@ -25,14 +25,14 @@ from lrqat.methods.factored import dots
 
 Pieces = tuple[Tensor, ...]
 Ends = tuple[Tensor, Tensor]  # the least and the greatest latent of each row, float32 [K]
+PartSlopes = tuple[Tensor, Tensor | None]  # dL/ds [K, G], and dL/dm where the grid has an offset
 
 
 class Slopes(NamedTuple):
     """Gradients from one row tile.
 
     Attributes:
-        large_KI: what `WeightQuantizer.absorb` makes gradients of the large parameters of, in the dtype of dL/dW^; None
-            where there are none.
+        large_KI: what `WeightQuantizer.absorb` makes gradients of the large parameters of; None where there are none.
         scale_KG: dL/ds.
         offset_KG: dL/dm; None where the grid has no offset.
     """
@@ -53,14 +53,14 @@ class Kernels(NamedTuple):
         weigh: (pieces, affine, weight).
         weigh_reaching: (pieces, affine, codes, weight) -> the rows' ends; codes is uint8 [K, I], to be filled, or None.
         weigh_codes: (codes, affine, weight).
-        differentiate: (pieces, affine, dL/dW^, weight) -> the gradients.
+        differentiate: (pieces, affine, dL/dW^, weight) -> dL/ds, dL/dm; overwrites dL/dW^ with `Slopes.large_KI`.
         dots: (dL/dY, Y), runs of tokens [N, C, O] -> their sums, float32 [N, O].
     """
 
     weigh: Callable[[Pieces, Affine, Tensor], None]
     weigh_reaching: Callable[[Pieces, Affine, Tensor | None, Tensor], Ends]
     weigh_codes: Callable[[Tensor, Affine, Tensor], None]
-    differentiate: Callable[[Pieces, Affine, Tensor, Tensor], Slopes]
+    differentiate: Callable[[Pieces, Affine, Tensor, Tensor], PartSlopes]
     dots: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -90,12 +90,14 @@ def kernels(latent_of: LatentOf, slopes: SlopesOf, grid: Grid, compiled: bool) -
     def weigh_codes(codes_KI: Tensor, affine: Affine, weight_KI: Tensor) -> None:
         weight_KI.copy_(dequantize(grid.decode(codes_KI), affine))
 
-    def differentiate(pieces: Pieces, affine: Affine, grad_KI: Tensor, weight_KI: Tensor) -> Slopes:
+    def differentiate(pieces: Pieces, affine: Affine, grad_KI: Tensor, weight_KI: Tensor) -> PartSlopes:
         latent_KI = latent_of(grid, pieces, affine)
         levels_KI = grid.nearest(latent_KI.clone())
         weight_KI.copy_(dequantize(levels_KI, affine))
         found = slopes(grid, affine, latent_KI, levels_KI, grad_KI.float())
-        return found if found.large_KI is None else found._replace(large_KI=found.large_KI.to(grad_KI.dtype))
+        if found.large_KI is not None:
+            grad_KI.copy_(found.large_KI)
+        return found.scale_KG, found.offset_KG
 
     functions = Kernels(weigh, weigh_reaching, weigh_codes, differentiate, dots)
     return Kernels(*[_compiled(function) for function in functions]) if compiled else functions

@@ -75,9 +75,13 @@ def test_factored_gradients_are_those_of_the_tiles(
         assert (factored[name] - expected).abs().max() <= FLOAT32_SUMS * expected.abs().max(), name
 
 
-@pytest.mark.parametrize("spelling", ["w4", "w3-asym"])
+@pytest.mark.parametrize("widened", [False, True])
+@pytest.mark.parametrize("spelling", ["w4", "w3-asym", "w4g32"])
 @pytest.mark.parametrize("downcast", ["fixed", None])
-def test_in_bfloat16_they_differ_by_its_rounding(spelling: str, downcast: str | None) -> None:
+def test_in_bfloat16_they_differ_by_its_rounding(
+    spelling: str, downcast: str | None, widened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrqat.methods.products.widens", lambda dtype, device: widened and dtype == torch.bfloat16)
     found = quantizer(spelling, downcast, 0.0)
     exact = gradients(found, torch.float32)
     for name, rough in gradients(found, torch.bfloat16).items():
