@@ -112,7 +112,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("--steps", type=int, default=32)
     args = parser.parse_args()
-    from lrqat.console import bfloat16_is_slow
+    import torch
+
+    from lrqat.methods.products import widens
 
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,7 @@ def main() -> int:
     train_text, held_out = texts(out)
     run, rtn = out / "run", out / "rtn"
     resume = "--resume" if (run / "run.json").is_file() else ""
-    options = f"--steps {args.steps} --dtype {'float32' if bfloat16_is_slow() else 'bfloat16'}"
+    options = f"--steps {args.steps} --dtype {'float32' if widens(torch.bfloat16, 'cpu') else 'bfloat16'}"
     command(f"lrqat train {model} --grid w4g32 --data {train_text} {options} --out {run} {resume}")
     command(f"lrqat ptq {model} --grid w4g32 --method rtn --out {rtn}")
     files = {
@@ -137,8 +139,6 @@ def main() -> int:
     checkpoints = {"bf16": model, "RTN": rtn / "fused", "LR-QAT": run / "fused"}
     scores = {name: json.loads(command(f"lrqat eval {path} {evaluate}")) for name, path in checkpoints.items()}
     certificate = json.loads(command(f"lrqat-parity {run} {files['LR-QAT']} --text {held_out} --sequences 2 --json"))
-
-    import torch
 
     from lrqat.models import locate
 

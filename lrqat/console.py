@@ -39,18 +39,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def bfloat16_is_slow() -> bool:
-    """An x86 CPU without instructions for it: its products take about five times those in float32.
-
-    A core of a Xeon of 2019: 25 and 119 GFLOP/s.
-    """
-    import torch
-
-    has: Any = getattr(torch.cpu, "get_capabilities", dict)()  # older ones do not tell
-    emulated = has.get("architecture") == "x86_64" and not (has.get("avx512_bf16") or has.get("amx_bf16"))
-    return emulated and not torch.cuda.is_available()
-
-
 def peak_memory_gb() -> float:
     """Most memory that this process held so far, in GB: on CUDA the device's, else resident memory."""
     import torch

@@ -30,7 +30,7 @@ from torch import Tensor
 from lrqat.begin import check_layers, prepare_once, swap_for_training, train_blocks, untie
 from lrqat.board import Board, board_is_there
 from lrqat.chat import answer_blocks
-from lrqat.console import bfloat16_is_slow, device, log, peak_memory_gb
+from lrqat.console import device, log, peak_memory_gb
 from lrqat.continuing import FusedBase
 from lrqat.data import blocks, draw
 from lrqat.errors import LrqatError
@@ -40,6 +40,7 @@ from lrqat.jsonfile import read_metrics
 from lrqat.layers import fuse_model, quantizers
 from lrqat.losses import body_and_head, head_of
 from lrqat.memory import give_large_blocks_back, return_freed_memory, wide
+from lrqat.methods.products import widens
 from lrqat.models import Base, locate
 from lrqat.offload import check_offload, offloaded, streamed
 from lrqat.optimizer import check_optimizer, make_optimizer
@@ -103,8 +104,8 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     check_offload(settings, decided, skeleton, device())
     log(f"{settings.model}: {decided}")
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
-    if settings.dtype == "bfloat16" and bfloat16_is_slow():
-        log("dtype: this CPU has no instructions for bfloat16; --dtype float32 is several times as fast")
+    if widens(dtype, device().type):
+        log(f"dtype: this CPU has no instructions for {settings.dtype}; --dtype float32 is faster, in more memory")
     mine, order = share(len(blocks_NT), settings.blocks_trained, settings.batch_size).unique(return_inverse=True)
     blocks_NT = blocks_NT[mine]
     teacher = out / own("teacher.npy") if settings.loss == "kd" else None
