@@ -15,6 +15,7 @@ Ratios are to the first case, the median over rounds.
     nncf@GRID           NNCF's FQ_LORA, likewise (needs `pip install nncf`)
 
     python benchmarks/step.py MODEL --cases lora lrqat@w4 lsq@w4 --rounds 8 --compile
+    python benchmarks/step.py MODEL --dtype float32     # where the processor has no instructions for bfloat16
     python benchmarks/step.py MODEL --cases lrqat@w4g32 --profile       # where the time goes, operator by operator
 
 The last line is one JSON object.
@@ -58,7 +59,7 @@ def model_of(case: str, args: argparse.Namespace) -> Any:
         tool, grid = case.split("@")
         other = torchao_model if tool == "torchao" else nncf_model
         return other(base.model(torch.float32).requires_grad_(True), Grid.parse(grid), args.rank).train()
-    model = base.model(torch.bfloat16)
+    model = base.model(getattr(torch, args.dtype))
     if case.startswith(("frozen", "lora")):
         model.requires_grad_(False)
     if case.startswith("lora"):
@@ -75,6 +76,7 @@ def model_of(case: str, args: argparse.Namespace) -> Any:
             method=method.removesuffix("-tiles"),
             rank=args.rank if method.startswith(("lrqat", "l4q")) else None,
             compile=args.compile,
+            dtype=args.dtype,
         )
         swap_for_training(model, plan(base.skeleton(), settings.assignment, settings.rank), settings)
         if method == "lrqat-tiles":
@@ -163,13 +165,14 @@ def one(case: str, args: argparse.Namespace) -> None:
     shape = (args.batch_size, args.seq_len)
     if not trained:  # a gradient has to reach the first layer
         model.get_input_embeddings().register_forward_hook(lambda *found: found[-1].requires_grad_())
+    dtype = getattr(torch, args.dtype)
     sizes = {"trained": sum(p.numel() for p in trained)}
 
     def take() -> dict[str, float]:
         ids = torch.randint(0, config.vocab_size, shape)
-        teacher = torch.randn(*shape, config.hidden_size).to(torch.bfloat16)
+        teacher = torch.randn(*shape, config.hidden_size).to(dtype)
         begun, cpu = time.perf_counter(), time.process_time()
-        with torch.autocast("cpu", torch.bfloat16, enabled=case.partition("@")[0] in AUTOCAST):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and case.partition("@")[0] in AUTOCAST):
             found = nncf_loss(model, ids, teacher) if case.startswith("nncf") else loss(ids, teacher)["loss"]
         found.backward()
         if optimizer is not None:
@@ -212,6 +215,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (bfloat16)"
+    )
     parser.add_argument("--compile", action="store_true", help="as lrqat train")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--profile", action="store_true", help="a step of each case under torch's profiler, no figures")
