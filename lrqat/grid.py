@@ -123,6 +123,10 @@ class Grid(ABC):
         """The parts after training: start * gain in wire values, straight-through; gains are shaped as their parts."""
 
     @abstractmethod
+    def scaled(self, parts: Parts, share: float) -> dict[str, Tensor]:
+        """Parts for `share` times the weight, float32, in wire values: the same codes, over that share of the range."""
+
+    @abstractmethod
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest levels, float32; may overwrite x. Nothing else in lrqat rounds a weight."""
 

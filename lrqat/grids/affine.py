@@ -154,6 +154,13 @@ class AffineGrid(EvenGrid):
             parts["minimums"] = to_fp16(start["minimums"] + start["scales"] * (gains["minimums"] - 1) * self.midpoint)
         return parts
 
+    def scaled(self, parts: Parts, share: float) -> dict[str, Tensor]:
+        """Scales and minimums; zeros are codes."""
+        found = {**parts, "scales": self.wire(parts["scales"] * share)}
+        if "minimums" in parts:
+            found["minimums"] = to_fp16(parts["minimums"] * share)
+        return found
+
     def wire(self, scales: Tensor) -> Tensor:
         """Nearest scales that the wire can store."""
         return to_wire(scales, self.scale_precision)

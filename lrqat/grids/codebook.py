@@ -10,6 +10,7 @@ Formats (MX) v1.0, section 5.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -116,6 +117,12 @@ class CodebookGrid(Grid):
             return {"scales": self._wire(start["scales"] * gains["scales"])}
         exponents = start["exponents"] + gains["exponents"].clamp_min(2.0**-8).log2()
         return {"exponents": through(exponents, exponents.detach().round().clamp_(*EXPONENTS))}
+
+    def scaled(self, parts: Parts, share: float) -> dict[str, Tensor]:
+        """The scale; a power of two goes to the nearest one."""
+        if self.power_of_two:
+            return {"exponents": (parts["exponents"] + math.log2(share)).round().clamp(*EXPONENTS)}
+        return {"scales": self._wire(parts["scales"] * share)}
 
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest entries of the table."""

@@ -145,6 +145,13 @@ class KGrid(EvenGrid):
             parts["sub_minimums"] = to_integer(start["sub_minimums"] * gains["sub_minimums"], low, high)
         return parts
 
+    def scaled(self, parts: Parts, share: float) -> dict[str, Tensor]:
+        """d and dmin."""
+        found = {**parts, "super_scales": to_wire(parts["super_scales"] * share, "fp16")}
+        if self.minimums:
+            found["super_minimums"] = to_fp16(parts["super_minimums"] * share)
+        return found
+
     def _super(self, real_OG: Tensor) -> Tensor:
         """The fp16 number [O, S] under which the greatest of each super-block becomes the greatest integer."""
         most_OS = real_OG.unflatten(1, (-1, SUPER_BLOCK // self.block)).amax(2)

@@ -182,7 +182,8 @@ def in_best_range(
 
     Columns of levels and weights are in the order that they were rounded in.
     """
-    tried = [start(weight_KI * share, grid, p, name) for share in RANGES]  # share * W has that share of W's range
+    begun = start(weight_KI, grid, p, name)
+    tried = [grid.scaled(begun, share) for share in RANGES]
     parts = {part: torch.cat([each[part] for each in tried]) for part in tried[0]}
     rest_IM = weight_KI.T[order_I].repeat(1, len(RANGES))  # M: rows, in all ranges
     levels_IM, cost_M = by_columns(rest_IM, order_I, factor_II, grid, parts)

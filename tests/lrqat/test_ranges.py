@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -181,3 +183,21 @@ def test_degenerate_weights_stay_finite_and_on_the_grid(spelling: str, seed: int
     error = (fused.dequantize() - weight_OI).abs().amax()
     assert torch.isfinite(error)
     assert error <= weight_OI.abs().amax() + 2.0**-17  # the smallest step there is
+
+
+@pytest.mark.parametrize(
+    "spelling", ["w4g32", "w3", "w4g32-asym", "w4g32-min", "q4_k", "q2_k", "q3_k", "q6_k", "iq4_nl", "mxfp4", "tq2_0"]
+)
+@given(seed=SEEDS, share=st.floats(0.4, 1.2))
+@settings(max_examples=10)
+def test_a_share_of_the_range_is_that_share_of_every_step(spelling: str, seed: int, share: float) -> None:
+    weight_OI, grid = torch.randn(4, 512, generator=torch.Generator().manual_seed(seed)), Grid.parse(spelling)
+    parts = grid.fit(weight_OI, None)
+    before, after = grid.affine(parts), grid.affine(grid.scaled(parts, share))
+    ratio_OG = after.scale_OG / before.scale_OG
+    if spelling == "mxfp4":  # powers of two
+        assert ((ratio_OG.log2() - math.log2(share)).abs() <= 0.5 + 1e-5).all()
+    else:
+        assert torch.allclose(ratio_OG, torch.tensor(share), rtol=2 * WIRE_ROUNDING)
+    if before.offset_OG is not None and after.offset_OG is not None:
+        assert torch.allclose(after.offset_OG, before.offset_OG * share, rtol=2 * WIRE_ROUNDING, atol=1e-6)
