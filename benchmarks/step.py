@@ -6,12 +6,12 @@ Ratios are to the first case, the median over rounds.
 
     frozen              forward, and backward through the activations alone: the floor
     lora                PEFT's LoRA on all linear layers, nothing rounded; adapters in float32, as PEFT makes them and
-                        lrqat has them, under bfloat16 autocast, as Trainer does (needs `pip install peft`)
+                        lrqat has them, under autocast to --dtype, as Trainer does (needs `pip install peft`)
     lora-bf16           the same with adapters in bfloat16, and Adam's moments with them
     full                full fine-tuning, nothing rounded
     METHOD@GRID         lrqat, lsq, scales or l4q
     lrqat-tiles@GRID    lrqat with dL/dW formed row tile by row tile, where it would not be
-    torchao@GRID        torchao's QAT of all weights, in float32 under autocast (needs `pip install torchao`)
+    torchao@GRID        torchao's QAT of all weights, in float32 under autocast too (needs `pip install torchao`)
     nncf@GRID           NNCF's FQ_LORA, likewise (needs `pip install nncf`)
 
     python benchmarks/step.py MODEL --cases lora lrqat@w4 lsq@w4 --rounds 8 --compile
@@ -223,6 +223,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="a step of each case under torch's profiler, no figures")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.dtype == "float32":  # there it is what lora is
+        args.cases = [case for case in args.cases if case != "lora-bf16"]
     if args.one:
         one(args.one, args)
         return

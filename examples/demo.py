@@ -123,7 +123,10 @@ def main() -> int:
     train_text, held_out = texts(out)
     run, rtn = out / "run", out / "rtn"
     resume = "--resume" if (run / "run.json").is_file() else ""
-    options = f"--steps {args.steps} --dtype {'float32' if widens(torch.bfloat16, 'cpu') else 'bfloat16'}"
+    dtype = "float32" if widens(torch.bfloat16, "cpu") else "bfloat16"
+    if resume:
+        dtype = json.loads((run / "run.json").read_text())["settings"]["dtype"]
+    options = f"--steps {args.steps} --dtype {dtype}"
     command(f"lrqat train {model} --grid w4g32 --data {train_text} {options} --out {run} {resume}")
     command(f"lrqat ptq {model} --grid w4g32 --method rtn --out {rtn}")
     files = {

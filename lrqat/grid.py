@@ -124,7 +124,7 @@ class Grid(ABC):
 
     @abstractmethod
     def scaled(self, parts: Parts, share: float) -> dict[str, Tensor]:
-        """Parts for `share` times the weight, float32, in wire values: the same codes, over that share of the range."""
+        """Parts for `share` times the weight, float32, in wire values: its codes under these are that product."""
 
     @abstractmethod
     def nearest(self, x: Tensor) -> Tensor:

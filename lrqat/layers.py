@@ -146,7 +146,9 @@ def fuse_model(
         return fused
 
     stored = stored_dtype(hf_config)
-    dense = {name: narrowed(tensor, stored) for name, tensor in dense_tensors(model).items()}
+    dense = dense_tensors(model)
+    if stored is not None and stored.itemsize < model.dtype.itemsize:  # training has widened it
+        dense = {n: narrowed(tensor, stored) if tensor.dtype == model.dtype else tensor for n, tensor in dense.items()}
     return FusedCheckpoint(
         tensors=Lazy(found, fuse),
         dense=dense,
@@ -164,10 +166,8 @@ def stored_dtype(hf_config: dict[str, Any]) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def narrowed(tensor: Tensor, stored: torch.dtype | None) -> Tensor:
-    """In the checkpoint's dtype, if that holds every value: training may have run in a wider one."""
-    if stored is None or stored.itemsize >= tensor.dtype.itemsize:
-        return tensor
+def narrowed(tensor: Tensor, stored: torch.dtype) -> Tensor:
+    """In the checkpoint's dtype, if that holds every value."""
     narrow = tensor.to(stored)
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 

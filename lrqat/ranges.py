@@ -12,7 +12,7 @@ from lrqat.grid import Grid
 from lrqat.settings import MAX_RANGE_P
 
 TILE_WEIGHTS = 1 << 18  # elements that stay in a core's L2 cache with their temporaries
-COMPILED_WEIGHTS = 1 << 20  # of one call of a compiled function, which has no temporaries
+COMPILED_WEIGHTS = 1 << 20  # of one call of a compiled function, whose temporaries stay in registers
 
 
 def row_tiles(rows: int, columns: int, elements: int | None = None) -> list[slice]:

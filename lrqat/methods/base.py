@@ -115,8 +115,12 @@ class WeightQuantizer(nn.Module):
         return self.grid.affine(self.parts())
 
     def tiles(self) -> list[slice]:
-        """Row slices that keep one tile's temporaries in cache; larger ones where there are none."""
-        return row_tiles(*self.shape, COMPILED_WEIGHTS if self.compiled else None)
+        """Row slices that keep one tile's temporaries in cache."""
+        return row_tiles(*self.shape)
+
+    def calls(self) -> list[slice]:
+        """Row slices of one call of a kernel: compiled ones have no temporaries but what `pieces` are made in."""
+        return row_tiles(*self.shape, COMPILED_WEIGHTS) if self.compiled else self.tiles()
 
     @torch.no_grad()
     def levels(self, rows: slice, affine: Affine) -> Tensor:
@@ -134,7 +138,7 @@ class WeightQuantizer(nn.Module):
     def weigh(self, affine: Affine, weight_OI: Tensor) -> None:
         """Fill in the weight."""
         weigh = self.kernels().weigh
-        for rows in self.tiles():
+        for rows in self.calls():
             weigh(self.pieces(rows), affine.rows(rows), weight_OI[rows])
 
     @torch.no_grad()
@@ -233,12 +237,12 @@ def differentiate(
 ) -> None:
     """Fill in the weight again, and by the way all gradients, from dL/dW one row tile at a time."""
     kernel, dtype = quantizer.kernels().differentiate, product_dtype(x_TI)
-    for rows in quantizer.tiles():
-        grad_KI = passing((rows.stop - rows.start, x_TI.shape[1]), dtype, x_TI.device, "slopes")
-        product(grad_TO[:, rows].T, x_TI, out=grad_KI)
-        scale[rows], offset_KG = kernel(quantizer.pieces(rows), affine.rows(rows), grad_KI, weight_OI[rows])
+    for rows in quantizer.calls():
+        slopes_KI = passing((rows.stop - rows.start, x_TI.shape[1]), dtype, x_TI.device, "slopes")
+        product(grad_TO[:, rows].T, x_TI, out=slopes_KI)  # dL/dW, of which the kernel makes what is to be absorbed
+        scale[rows], offset_KG = kernel(quantizer.pieces(rows), affine.rows(rows), slopes_KI, weight_OI[rows])
         if large:
-            quantizer.absorb(rows, grad_KI, large)
+            quantizer.absorb(rows, slopes_KI, large)
         if offset is not None and offset_KG is not None:
             offset[rows] = offset_KG
 
@@ -248,7 +252,7 @@ def weigh_reaching(
 ) -> tuple[Tensor, Tensor]:
     """Fill in the weight, and the codes if there is a place for them; the least and the greatest latent of each row."""
     kernel, found = quantizer.kernels().weigh_reaching, []
-    for rows in quantizer.tiles():
+    for rows in quantizer.calls():
         codes_KI = None if codes_OI is None else codes_OI[rows]
         found.append(kernel(quantizer.pieces(rows), affine.rows(rows), codes_KI, weight_OI[rows]))
     least, greatest = zip(*found, strict=True)
@@ -258,7 +262,7 @@ def weigh_reaching(
 def weigh_codes(quantizer: WeightQuantizer, affine: Affine, codes_OI: Tensor, weight_OI: Tensor) -> None:
     """Fill in the weight of codes."""
     kernel = quantizer.kernels().weigh_codes
-    for rows in quantizer.tiles():
+    for rows in quantizer.calls():
         kernel(codes_OI[rows], affine.rows(rows), weight_OI[rows])
 
 

@@ -19,6 +19,7 @@ from lrqat.grid import Grid, Parts, Rows, to_latent
 from lrqat.grids.affine import AffineGrid
 from lrqat.grids.wire import to_fp16
 from lrqat.methods.gains import WeightDomain
+from lrqat.methods.place import passing
 from lrqat.methods.tiles import Pieces
 
 
@@ -62,8 +63,9 @@ class L4Q(WeightDomain):
 
     def pieces(self, rows: Rows) -> Pieces:
         """W = W0 + (alpha/r) B A."""
-        frozen_KI = self.stored("frozen_OI", rows, self.b_OR.device).float()
-        return (frozen_KI.addmm(self.b_OR[rows].detach(), self.a_RI.detach(), alpha=self.multiplier),)
+        frozen_KI = self.stored("frozen_OI", rows, self.b_OR.device)
+        weight_KI = passing((len(frozen_KI), self.shape[1]), torch.float32, frozen_KI.device, "delta").copy_(frozen_KI)
+        return (weight_KI.addmm_(self.b_OR[rows].detach(), self.a_RI.detach(), alpha=self.multiplier),)
 
     def started(self, rows: slice) -> Tensor:
         """nearest((W0 - m0) / s0)."""

@@ -1,8 +1,8 @@
-"""Where weights lie that are made, used and dropped: on the CPU all in one place, as large as the largest.
+"""Where large tensors lie that are made, used and dropped: on the CPU one place for each use, as large as the largest.
 
-Taken from malloc, each would leave a hole behind in which something small comes to lie that stays (a layer's input, a
-gradient), and the next weight would not fit; or, where large blocks come from the kernel, each would be fresh pages. So
-there is a place for every use, which what is made of row tiles shares. A GPU's allocator does this by itself.
+Taken from malloc, each weight would leave a hole behind in which something small comes to lie that stays (a layer's
+input, a gradient), and the next one would not fit; or, where large blocks come from the kernel, each tile would be
+fresh pages. A GPU's allocator does this by itself.
 """
 
 from __future__ import annotations

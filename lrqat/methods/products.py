@@ -2,10 +2,11 @@
 
     Y = X W^T + b,   dX = dY W,   dW = dY^T X          summed in float32, rounded once
 
-There torch multiplies bfloat16 at a fifth of float32's speed (26 and 125 GFLOP/s on a core of Cascade Lake). So blocks
+There torch multiplies bfloat16 at a fifth of float32's speed (26 and 120 GFLOP/s on a core of Cascade Lake). So blocks
 of both factors are widened to float32, where every 16-bit number is exact, and the sums are rounded as they would be:
-nothing changes but their order. Three blocks lie in `lrqat.methods.place`, whatever the size. Wherever a processor has
-the instructions, and on a GPU, it is torch's own product.
+nothing changes but their order. A dL/dW that is used up at once is not rounded at all (`product_dtype`), so gradients
+differ between such processors and others by its rounding. Three blocks lie in `lrqat.methods.place`, whatever the size.
+Wherever a processor has the instructions, and on a GPU, it is torch's own product; so it is for a few rows.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from lrqat.methods.place import passing
 
-BLOCK = 1024  # rows and columns: widening costs a tenth of the product, three blocks take 12 MB
+BLOCK = 1024  # rows and columns: of a whole block, widening costs a tenth of the product; three take 12 MB
+FEW = 32  # rows, below which widening the other factor costs more than it saves
 
-# What `torch.cpu.get_capabilities` calls the instructions, of x86 and of ARM.
+# What `torch.cpu.get_capabilities` calls what oneDNN's products need, of x86 and of ARM.
 INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "sve_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "avx_ne_convert", "fp16_arith"),
@@ -56,7 +58,8 @@ def product(
         bias_N: added before rounding.
         out: where the result goes, [M, N]; of `product_dtype`, if not of the factors'.
     """
-    if not widens(left_MK.dtype, left_MK.device.type):
+    few = len(left_MK) < FEW and (out is None or out.dtype == left_MK.dtype)
+    if few or not widens(left_MK.dtype, left_MK.device.type):
         if bias_N is None:
             return torch.mm(left_MK, right_KN, out=out)
         return torch.addmm(bias_N, left_MK, right_KN, out=out)
@@ -68,7 +71,10 @@ def product(
             sums = out[m, n]
             if out.dtype != torch.float32:
                 sums = passing((m.stop - m.start, n.stop - n.start), torch.float32, out.device, "sums")
-            sums.copy_(bias_N[n]) if bias_N is not None else sums.zero_()
+            if bias_N is None:
+                sums.zero_()
+            else:
+                sums.copy_(bias_N[n])
             for k in _blocks(inner):
                 sums.addmm_(_wide(left_MK[m, k], "left"), _wide(right_KN[k, n], "right"))
             if out.dtype != torch.float32:

@@ -7,7 +7,7 @@
     dots            sums of dL/dY * Y over runs of tokens (`lrqat.methods.factored`)
 
 Plain torch makes a dozen passes over the tile; torch.compile makes one of each function, with the same bits: nothing
-is reordered but the sums of dL/ds and dL/dm.
+is reordered but the sums of dL/ds and dL/dm, and those over tiles (dL/dB of groups), which are larger then.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def kernels(latent_of: LatentOf, slopes: SlopesOf, grid: Grid, compiled: bool) -
         levels_KI = grid.nearest(latent_KI.clone())
         weight_KI.copy_(dequantize(levels_KI, affine))
         found = slopes(grid, affine, latent_KI, levels_KI, grad_KI.float())
-        if found.large_KI is not None:
+        if found.large_KI is not None:  # else the method has nothing to absorb
             grad_KI.copy_(found.large_KI)
         return found.scale_KG, found.offset_KG
 

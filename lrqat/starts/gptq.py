@@ -10,7 +10,8 @@ before, and codes come out in the original order. Any grid: only s, m and `Grid.
 
 The range that rounds a row's weights best is not the one that rounds it best behind this compensation: narrower ones
 are, at few bits. Rows do not know of each other, and sum e^2 over the columns is the error of a row's outputs,
-(w - w^) H (w - w^)^T. So every row is rounded in each of some RANGES, and the best is kept.
+(w - w^) (H + damp mean(diag H)) (w - w^)^T. So every row is rounded in each of some RANGES, and the best is kept.
+Inputs that never fire come last and do not count.
 
 Decoder layers come one after the other, so memory is the model, hidden states and the Hessians of one layer's inputs;
 matrices that share their input (q, k, v) share the Hessian. Experts in 3-D parameters, the head and the embeddings are
@@ -19,7 +20,6 @@ left to the range search.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lrqat.console import bar
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedTensor
-from lrqat.grid import Grid
+from lrqat.grid import Grid, Parts
 from lrqat.plan import Plan
 from lrqat.ranges import row_tiles, start
 from lrqat.sites import LINEAR, Site
@@ -96,7 +96,7 @@ def gptq_layer(
     for site in sites:
         weight_OI, grid = model.get_parameter(site.origin.parameter).data, plan.grids[site.name]
         hessian_II = hessians[module_path(site)]
-        fused, _ = gptq(weight_OI, hessian_II, grid, p, damp=damp, name=site.name)
+        fused = gptq(weight_OI, hessian_II, grid, p, damp=damp, name=site.name)
         adjusted_OI, found[site.name] = start_from(weight_OI, fused, site.name)
         weight_OI.copy_(adjusted_OI)
     return found
@@ -153,7 +153,7 @@ def input_hessians(walk: Walk, number: int, states_NTH: Tensor, paths: list[str]
 
 
 def _identity(layer: nn.Module, path: str, prefix: str) -> Tensor:
-    """The Hessian of a layer that no token reached: round-to-nearest."""
+    """The Hessian of a layer that no token reached: rounding to nearest, in the range with the least squares."""
     weight_OI: Any = layer.get_submodule(path.removeprefix(prefix)).weight
     return torch.eye(weight_OI.shape[1], device=weight_OI.device)
 
@@ -161,39 +161,44 @@ def _identity(layer: nn.Module, path: str, prefix: str) -> Tensor:
 @torch.no_grad()
 def gptq(
     weight_OI: Tensor, hessian_II: Tensor, grid: Grid, p: float | None, *, damp: float = DAMP, name: str = "weight"
-) -> tuple[FusedTensor, Tensor]:
-    """(codes and parts, the compensated weights float32 [O, I] that were rounded to them)."""
+) -> FusedTensor:
+    """Codes and parts."""
     rows, columns = weight_OI.shape
     order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
-    factor_II = inverse_factor(hessian_II[order_I][:, order_I], damp, name)
-    tiles = row_tiles(rows, columns, AT_ONCE // len(RANGES))
-    found = [in_best_range(weight_OI[tile].float(), order_I, factor_II, grid, p, name) for tile in tiles]
-    levels, compensated, parts = zip(*found, strict=True)
-    back_I = order_I.argsort()
-    codes_OI = grid.encode(torch.cat(levels)[:, back_I])
+    live = int((hessian_II.diagonal() > 0).sum())
+    factor_II, back_I = inverse_factor(hessian_II[order_I][:, order_I], damp, name), order_I.argsort()
+    codes, parts = [], []
+    for tile in row_tiles(rows, columns, AT_ONCE // len(RANGES)):
+        begun = start(weight_OI[tile], grid, p, name)
+        levels_KI, found, _ = in_best_range(weight_OI[tile].float(), order_I, live, factor_II, grid, begun)
+        codes.append(grid.encode(levels_KI[:, back_I]))
+        parts.append(found)
     whole = {part: torch.cat([each[part] for each in parts]) for part in parts[0]}
-    return FusedTensor.make(codes_OI, whole, grid), torch.cat(compensated)[:, back_I]
+    return FusedTensor.make(torch.cat(codes), whole, grid)
 
 
 def in_best_range(
-    weight_KI: Tensor, order_I: Tensor, factor_II: Tensor, grid: Grid, p: float | None, name: str
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(levels, compensated weights, parts) of some rows, each in the range where its outputs err the least.
+    weight_KI: Tensor, order_I: Tensor, live: int, factor_II: Tensor, grid: Grid, begun: Parts
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """(levels, parts, compensated weights) of some rows, each in the range where its outputs err the least.
 
-    Columns of levels and weights are in the order that they were rounded in.
+    Columns of levels and weights are in the order that they were rounded in; the first `live` have inputs that fire.
     """
-    begun = start(weight_KI, grid, p, name)
     tried = [grid.scaled(begun, share) for share in RANGES]
-    parts = {part: torch.cat([each[part] for each in tried]) for part in tried[0]}
+    parts = {part: torch.cat([each[part] for each in tried]) for part in begun}
     rest_IM = weight_KI.T[order_I].repeat(1, len(RANGES))  # M: rows, in all ranges
-    levels_IM, cost_M = by_columns(rest_IM, order_I, factor_II, grid, parts)
+    levels_IM, cost_M = by_columns(rest_IM, order_I, live, factor_II, grid, parts)
     rows = len(weight_KI)
     best_K = cost_M.view(len(RANGES), rows).argmin(0) * rows + torch.arange(rows, device=cost_M.device)
-    return levels_IM[:, best_K].T, rest_IM[:, best_K].T, {part: values[best_K] for part, values in parts.items()}
+    return (
+        levels_IM[:, best_K].T.contiguous(),
+        {part: values[best_K] for part, values in parts.items()},
+        rest_IM[:, best_K].T.contiguous(),
+    )
 
 
 def by_columns(
-    rest_IO: Tensor, order_I: Tensor, factor_II: Tensor, grid: Grid, parts: Mapping[str, Tensor]
+    rest_IO: Tensor, order_I: Tensor, live: int, factor_II: Tensor, grid: Grid, parts: Parts
 ) -> tuple[Tensor, Tensor]:
     """(levels [I, O], error of each row's outputs [O]); `rest_IO`, in `order_I`, becomes the compensated weights."""
     columns = len(rest_IO)
@@ -212,17 +217,18 @@ def by_columns(
             error_O = (rest_IO[i] - (s_O * levels_IO[i] + m_O)) / factor_II[i, i]
             rest_IO[i + 1 : end].addr_(factor_II[i, i + 1 : end], error_O, alpha=-1)
             errors_KO[i - first] = error_O
-        cost_O += errors_KO.square().sum(0)
+        cost_O += errors_KO[: max(0, live - first)].square().sum(0)
         rest_IO[end:].addmm_(factor_II[first:end, end:].T, errors_KO, alpha=-1)
     return levels_IO, cost_O
 
 
 def inverse_factor(hessian_II: Tensor, damp: float, name: str) -> Tensor:
-    """U with U^T U = (H + damp mean(diag H))^-1; more damping where float32 needs it. Inputs that never fire cost 1."""
+    """U with U^T U = (H + damp mean(diag H))^-1; more damping where float32 needs it. Means are of inputs that fire."""
     hessian_II = hessian_II.clone()
     diagonal_I = hessian_II.diagonal()
-    diagonal_I[diagonal_I == 0] = 1.0
-    mean = diagonal_I.mean()
+    silent_I = diagonal_I == 0
+    mean = diagonal_I.sum() / (~silent_I).sum().clamp_min(1)
+    diagonal_I[silent_I] = mean if mean > 0 else 1.0
     for more in (damp, 9 * damp, 90 * damp):
         diagonal_I += more * mean
         lower_II, failed = torch.linalg.cholesky_ex(hessian_II)

@@ -119,8 +119,11 @@ def test_dense_tensors_go_back_to_the_checkpoints_dtype_where_it_holds_them(tiny
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16).float().eval()
     swapped(model)
     model.model.norm.weight.data.mul_(1 + 2**-12)  # more digits than bfloat16 has
+    model.model.register_buffer("places", torch.arange(5))
     checkpoint = fuse_model(model, {"dtype": "bfloat16"}, {}, {})
     wide = {name for name, tensor in checkpoint.dense.items() if tensor.dtype != torch.bfloat16}
-    assert wide == {"model.norm.weight"}
+    assert wide == {"model.norm.weight", "model.places"}
+    assert checkpoint.dense["model.places"].dtype == torch.int64
+    del model.model.places, checkpoint.dense["model.places"]
     assert all(torch.equal(tensor.float(), model.get_parameter(name)) for name, tensor in checkpoint.dense.items())
     assert checkpoint.dense_specs["model.embed_tokens.weight"].dtype == torch.bfloat16

@@ -53,7 +53,11 @@ def lrqat(spelling: str) -> LRQAT:
 
 @needs_compiler
 @pytest.mark.parametrize("spelling", ["w4g32", "w3"])
-def test_compiled_lr_qat_has_the_bits_of_the_plain_one(spelling: str) -> None:
+@pytest.mark.parametrize("rows", [48, 20])
+def test_compiled_lr_qat_has_the_bits_of_the_plain_one(
+    spelling: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrqat.methods.base.COMPILED_WEIGHTS", rows * COLUMNS)  # of 48: one call, or three
     check(lrqat(spelling))
 
 
