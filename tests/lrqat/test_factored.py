@@ -82,6 +82,7 @@ def test_in_bfloat16_they_differ_by_its_rounding(
     spelling: str, downcast: str | None, widened: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lrqat.methods.products.widens", lambda dtype, device: widened and dtype == torch.bfloat16)
+    monkeypatch.setattr("lrqat.methods.products.FEW", 0)
     found = quantizer(spelling, downcast, 0.0)
     exact = gradients(found, torch.float32)
     for name, rough in gradients(found, torch.bfloat16).items():

@@ -16,6 +16,7 @@ def widened(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor without the instructions, in blocks of 5."""
     monkeypatch.setattr(products, "widens", lambda dtype, device: dtype != torch.float32)
     monkeypatch.setattr(products, "BLOCK", 5)
+    monkeypatch.setattr(products, "FEW", 0)
 
 
 @pytest.fixture
