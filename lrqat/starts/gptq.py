@@ -170,7 +170,7 @@ def gptq(
     codes, parts = [], []
     for tile in row_tiles(rows, columns, AT_ONCE // len(RANGES)):
         begun = start(weight_OI[tile], grid, p, name)
-        levels_KI, found, _ = in_best_range(weight_OI[tile].float(), order_I, live, factor_II, grid, begun)
+        levels_KI, found = in_best_range(weight_OI[tile].float(), order_I, live, factor_II, grid, begun)
         codes.append(grid.encode(levels_KI[:, back_I]))
         parts.append(found)
     whole = {part: torch.cat([each[part] for each in parts]) for part in parts[0]}
@@ -179,10 +179,10 @@ def gptq(
 
 def in_best_range(
     weight_KI: Tensor, order_I: Tensor, live: int, factor_II: Tensor, grid: Grid, begun: Parts
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(levels, parts, compensated weights) of some rows, each in the range where its outputs err the least.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(levels, parts) of some rows, each in the range where its outputs err the least.
 
-    Columns of levels and weights are in the order that they were rounded in; the first `live` have inputs that fire.
+    Columns of levels are in the order that they were rounded in; the first `live` have inputs that fire.
     """
     tried = [grid.scaled(begun, share) for share in RANGES]
     parts = {part: torch.cat([each[part] for each in tried]) for part in begun}
@@ -190,11 +190,7 @@ def in_best_range(
     levels_IM, cost_M = by_columns(rest_IM, order_I, live, factor_II, grid, parts)
     rows = len(weight_KI)
     best_K = cost_M.view(len(RANGES), rows).argmin(0) * rows + torch.arange(rows, device=cost_M.device)
-    return (
-        levels_IM[:, best_K].T.contiguous(),
-        {part: values[best_K] for part, values in parts.items()},
-        rest_IM[:, best_K].T.contiguous(),
-    )
+    return levels_IM[:, best_K].T.contiguous(), {part: values[best_K] for part, values in parts.items()}
 
 
 def by_columns(

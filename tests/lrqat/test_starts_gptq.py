@@ -22,7 +22,7 @@ from lrqat.methods.scales import Scales
 from lrqat.plan import Plan, plan
 from lrqat.ranges import start
 from lrqat.starts.codes import from_fused, rounded, start_from
-from lrqat.starts.gptq import DAMP, gptq, gptq_model, in_best_range, input_hessians, inverse_factor
+from lrqat.starts.gptq import DAMP, by_columns, gptq, gptq_model, input_hessians, inverse_factor
 from lrqat.starts.walk import Walk
 
 ROWS, COLUMNS = 24, 256
@@ -77,6 +77,9 @@ def test_uncorrelated_inputs_make_it_round_to_nearest(spelling: str, monkeypatch
     monkeypatch.setattr(*ONE_RANGE)
     weight_OI, grid = problem()[0], Grid.parse(spelling)
     fused = gptq(weight_OI, torch.eye(COLUMNS), grid, 2.0)
+    rest_IO = weight_OI.T.clone()
+    by_columns(rest_IO, torch.arange(COLUMNS), COLUMNS, torch.eye(COLUMNS), grid, start(weight_OI, grid, 2.0))
+    assert torch.equal(rest_IO.T, weight_OI)
     nearest = rounded(weight_OI, start(weight_OI, grid, 2.0), grid)
     assert all(torch.equal(fused.parts[name], nearest.parts[name]) for name in nearest.parts)
     assert torch.equal(fused.codes_OI, nearest.codes_OI)
@@ -120,8 +123,9 @@ def test_the_compensated_weights_round_to_the_codes(spelling: str) -> None:
     grid, order_I = Grid.parse(spelling), torch.arange(COLUMNS)
     factor_II = inverse_factor(hessian_II, DAMP, "weight")
     begun = start(weight_OI, grid, 2.0)
-    levels_OI, parts, compensated_OI = in_best_range(weight_OI, order_I, COLUMNS, factor_II, grid, begun)
-    assert torch.equal(rounded(compensated_OI, parts, grid).codes_OI, grid.encode(levels_OI))
+    rest_IO = weight_OI.T.clone()
+    levels_IO, _ = by_columns(rest_IO, order_I, COLUMNS, factor_II, grid, begun)
+    assert torch.equal(rounded(rest_IO.T.contiguous(), begun, grid).codes_OI, grid.encode(levels_IO.T))
 
 
 def test_a_wide_block_gives_the_codes_of_a_narrow_one(monkeypatch: pytest.MonkeyPatch) -> None:
