@@ -33,6 +33,7 @@ from lrqat.fused import (
     FusedTensor,
     Lazy,
     SafetensorsDirectory,
+    config_dtype,
     fresh_directory,
     open_safetensors,
     read_assets,
@@ -127,7 +128,7 @@ def served_dtype(checkpoint: FusedCheckpoint) -> str:
 
     vLLM's 4-bit kernels take float16 and bfloat16 only, and cast scales to it: fp16 scales need float16.
     """
-    base = checkpoint.hf_config.get("dtype") or checkpoint.hf_config.get("torch_dtype")
+    base = config_dtype(checkpoint.hf_config)
     portable = all(getattr(spec.grid, "scale_precision", "") == "portable" for spec in checkpoint.specs.values())
     return "bfloat16" if base == "bfloat16" and portable else "float16"
 

@@ -294,6 +294,11 @@ class FusedCheckpoint:
         )
 
 
+def config_dtype(hf_config: Mapping[str, Any]) -> str | None:
+    """What config.json says of its tensors' dtype, under transformers 5's key or the one before."""
+    return hf_config.get("dtype") or hf_config.get("torch_dtype")
+
+
 def is_fused(source: str | Path) -> bool:
     """A fused checkpoint, or a run that holds one."""
     return any((Path(source).expanduser() / name).is_file() for name in ("fused.json", "fused/fused.json"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrqat.console import bar, log
 from lrqat.experts import QuantExperts
-from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
+from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec, config_dtype
 from lrqat.grid import EvenGrid, Grid
 from lrqat.memory import return_freed_memory
 from lrqat.methods.base import WeightQuantizer
@@ -162,7 +162,7 @@ def fuse_model(
 
 def stored_dtype(hf_config: dict[str, Any]) -> torch.dtype | None:
     """The dtype that config.json names for the checkpoint's tensors."""
-    found = getattr(torch, str(hf_config.get("dtype") or hf_config.get("torch_dtype")), None)
+    found = getattr(torch, str(config_dtype(hf_config)), None)
     return found if isinstance(found, torch.dtype) else None
 
 
