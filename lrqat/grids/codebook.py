@@ -10,7 +10,6 @@ Formats (MX) v1.0, section 5.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -119,10 +118,8 @@ class CodebookGrid(Grid):
         return {"exponents": through(exponents, exponents.detach().round().clamp_(*EXPONENTS))}
 
     def scaled(self, parts: Parts, share: float) -> dict[str, Tensor]:
-        """The scale; a power of two goes to the nearest one."""
-        if self.power_of_two:
-            return {"exponents": (parts["exponents"] + math.log2(share)).round().clamp(*EXPONENTS)}
-        return {"scales": self._wire(parts["scales"] * share)}
+        """The scale, as by a gain; a power of two goes to the nearest one."""
+        return self.learn(parts, {name: torch.full_like(parts[name], share) for name in self.learned})
 
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest entries of the table."""
