@@ -34,6 +34,8 @@ import sys
 import time
 from typing import Any
 
+from lrqat.settings import TRAIN_DTYPES
+
 CASES = ("lora", "lora-bf16", "frozen", "full", "lsq@w4", "lrqat-tiles@w4", "lrqat@w4", "lrqat@w4g32")
 METRICS = ("seconds", "cpu_seconds")
 AUTOCAST = ("lora", "torchao", "nncf")  # cases whose users train float32 parameters so
@@ -215,9 +217,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (bfloat16)"
-    )
+    parser.add_argument("--dtype", choices=TRAIN_DTYPES, default="bfloat16", help="of activations (bfloat16)")
     parser.add_argument("--compile", action="store_true", help="as lrqat train")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--profile", action="store_true", help="a step of each case under torch's profiler, no figures")

@@ -114,6 +114,7 @@ def main() -> int:
     args = parser.parse_args()
     import torch
 
+    from lrqat.console import device
     from lrqat.methods.products import widens
 
     out: Path = args.out
@@ -123,7 +124,7 @@ def main() -> int:
     train_text, held_out = texts(out)
     run, rtn = out / "run", out / "rtn"
     resume = "--resume" if (run / "run.json").is_file() else ""
-    dtype = "float32" if widens(torch.bfloat16, "cpu") else "bfloat16"
+    dtype = "float32" if widens(torch.bfloat16, device().type) else "bfloat16"
     if resume:
         dtype = json.loads((run / "run.json").read_text())["settings"]["dtype"]
     options = f"--steps {args.steps} --dtype {dtype}"
