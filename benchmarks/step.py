@@ -153,9 +153,11 @@ def one(case: str, args: argparse.Namespace) -> None:
 
     from lrqat.command import set_threads
     from lrqat.console import peak_memory_gb
+    from lrqat.memory import keep_freed_memory
     from lrqat.optimizer import make_optimizer
     from lrqat.trainer import LossModel
 
+    keep_freed_memory()  # as `lrqat train` does; the others gain by it too
     set_threads(args.threads)
     torch.manual_seed(0)
     with contextlib.redirect_stdout(sys.stderr):  # NNCF prints tables

@@ -6,7 +6,9 @@ headers, before weights are loaded.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -157,6 +159,43 @@ def save_directory(base: Base, directory: Path, dtype: torch.dtype) -> Path:
             (fresh / name).write_bytes(content)
         write_json(fresh / "config.json", {**base.config, "dtype": str(dtype).removeprefix("torch.")})
     return directory
+
+
+def model_in(base: Base, dtype: torch.dtype, out: Path) -> Any:
+    """`base.model(dtype)`, of which nothing is in memory before it is read, whatever the checkpoint's dtype.
+
+    transformers would widen a 16-bit checkpoint in memory, all of it. Here tensor after tensor goes into a file beside
+    `out`, from which the model is mapped; it has no name any more then, and is gone with the process.
+
+    Raises:
+        LrqatError: the disk is too full.
+    """
+    if base.is_gguf:  # transformers takes it apart in memory
+        return base.model(dtype)
+    files = SafetensorsDirectory(base.path)
+    narrow = {n for n, s in files.specs.items() if s.dtype.is_floating_point and s.dtype.itemsize < dtype.itemsize}
+    if not narrow:
+        return base.model(dtype)
+    entries = [
+        Entry(name, wide, spec.shape, partial(_in, files, name, wide))
+        for name, spec in files.specs.items()
+        for wide in [dtype if name in narrow else spec.dtype]
+    ]
+    there = next(path for path in out.absolute().parents if path.is_dir())
+    need, free = sum(entry.nbytes for entry in entries), shutil.disk_usage(there).free
+    if free < need:
+        raise LrqatError(
+            f"{there}: the model in {str(dtype).removeprefix('torch.')} takes {need / 1e9:.1f} GB there, "
+            f"{free / 1e9:.1f} GB are free; free some space, or use the checkpoint's dtype"
+        )
+    with tempfile.TemporaryDirectory(prefix=".lrqat-", dir=there) as folder:
+        write_model(Path(folder), entries, {"format": "pt"})
+        write_json(Path(folder) / "config.json", base.config)
+        return dataclasses.replace(base, path=Path(folder)).model(dtype)
+
+
+def _in(files: SafetensorsDirectory, name: str, dtype: torch.dtype) -> torch.Tensor:
+    return files.get(name).to(dtype)
 
 
 def locate(source: str) -> Base:

@@ -41,7 +41,7 @@ from lrqat.layers import fuse_model, quantizers
 from lrqat.losses import body_and_head, head_of
 from lrqat.memory import give_large_blocks_back, return_freed_memory, wide
 from lrqat.methods.products import widens
-from lrqat.models import Base, locate
+from lrqat.models import Base, locate, model_in
 from lrqat.offload import check_offload, offloaded, streamed
 from lrqat.optimizer import check_optimizer, make_optimizer
 from lrqat.plan import Plan, plan
@@ -114,7 +114,10 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     if teacher and settings.teacher:  # before the student is loaded: never two models at a time
         open_run(out, fingerprint)
         head_VH = cache_named(teacher, settings.teacher, base.tokenizer, head_of(skeleton), blocks_NT, dtype, key)
-    model = base.model(dtype).to(device())
+    if isinstance(base, Base) and device().type == "cpu":
+        model = model_in(base, dtype, out)
+    else:
+        model = base.model(dtype).to(device())
     check_layers(model, settings.beginning)
     Rounding().but(settings.activations, settings.kv).check(model)
     body, head = body_and_head(model)

@@ -86,13 +86,15 @@ def test_checkpointing_keeps_a_layers_input_and_offload_a_layers_weights(tiny_mo
     assert all(saved[k] == whole[k] for k in whole.keys() - {"packed", "activations", "malloc"})
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_training_takes_the_memory_that_was_planned(
-    large_model_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dtype: str, large_model_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import subprocess
     import sys
 
     flags = ["--grid", "w4", "--rank", "8", "--steps", "1", "--seq-len", "256", "--batch-size", "1"]
+    flags += ["--dtype", dtype]
     assert main(["plan", str(large_model_dir), *flags, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)["peak_gb"]
     words = ["train", str(large_model_dir), "--data", str(text), *flags, "--range-p", "0", "--threads", "1"]

@@ -27,9 +27,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts pages as
 
 MEASURE = """
 import json, re, sys, threading, time
+from pathlib import Path
 import torch
 from lrqat.begin import swap_for_training
-from lrqat.models import locate
+from lrqat.models import locate, model_in
 from lrqat.plan import plan
 from lrqat.settings import TrainSettings
 
@@ -55,7 +56,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-model = base.model(torch.bfloat16)
+model = model_in(base, getattr(torch, sys.argv[2]), Path(sys.argv[3]))
 loaded = memory()
 swap_for_training(model, decided, settings)
 after = memory()
@@ -77,10 +78,13 @@ print(json.dumps({
 SLACK = 24 << 20  # bytes: threads' arenas, a tile's temporaries (2^18 float32 each), Python
 
 
-def test_a_model_becomes_packed_weights_with_one_layer_in_anonymous_memory(large_model_dir: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(large_model_dir)], capture_output=True, text=True, timeout=300
-    )
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_becomes_packed_weights_with_one_layer_in_anonymous_memory(
+    dtype: str, large_model_dir: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-c", MEASURE, str(large_model_dir), dtype, str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert list(tmp_path.iterdir()) == []  # what was widened has no name any more
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     layer = 4 * 1024 * 1024 * 4 + 3 * 4096 * 1024 * 4  # bytes of a decoder layer in float32: what is never exceeded
