@@ -164,7 +164,7 @@ def save_directory(base: Base, directory: Path, dtype: torch.dtype) -> Path:
 def model_in(base: Base, dtype: torch.dtype, out: Path) -> Any:
     """`base.model(dtype)`, of which nothing is in memory before it is read, whatever the checkpoint's dtype.
 
-    transformers would widen a 16-bit checkpoint in memory, all of it. Here tensor after tensor goes into a file beside
+    transformers would convert a checkpoint in memory, all of it. Here tensor after tensor goes into a file beside
     `out`, from which the model is mapped; it has no name any more then, and is gone with the process.
 
     Raises:
@@ -173,13 +173,15 @@ def model_in(base: Base, dtype: torch.dtype, out: Path) -> Any:
     if base.is_gguf:  # transformers takes it apart in memory
         return base.model(dtype)
     files = SafetensorsDirectory(base.path)
-    narrow = {n for n, s in files.specs.items() if s.dtype.is_floating_point and s.dtype.itemsize < dtype.itemsize}
-    if not narrow:
+    if not any(spec.dtype.is_floating_point and spec.dtype != dtype for spec in files.specs.values()):
         return base.model(dtype)
+    skeleton = base.skeleton()
+    if any(getattr(skeleton, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")):
+        return base.model(dtype)  # converts some and leaves others
     entries = [
-        Entry(name, wide, spec.shape, partial(_in, files, name, wide))
+        Entry(name, to, spec.shape, partial(_in, files, name, to))
         for name, spec in files.specs.items()
-        for wide in [dtype if name in narrow else spec.dtype]
+        for to in [dtype if spec.dtype.is_floating_point else spec.dtype]
     ]
     there = next(path for path in out.absolute().parents if path.is_dir())
     need, free = sum(entry.nbytes for entry in entries), shutil.disk_usage(there).free
