@@ -30,6 +30,7 @@ from lrqat.fused import (
 from lrqat.gguf_file import GgufFile
 from lrqat.hashing import sha256
 from lrqat.layers import dense_tensors
+from lrqat.memory import return_freed_memory
 from lrqat.pretokenizers import restore
 from lrqat.safestream import Entry, write_model
 from lrqat.sites import checkpoint_tensors
@@ -192,6 +193,7 @@ def model_in(base: Base, dtype: torch.dtype, out: Path) -> Any:
         )
     with tempfile.TemporaryDirectory(prefix=".lrqat-", dir=there) as folder:
         write_model(Path(folder), entries, {"format": "pt"})
+        return_freed_memory()
         write_json(Path(folder) / "config.json", base.config)
         return dataclasses.replace(base, path=Path(folder)).model(dtype)
 
