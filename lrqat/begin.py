@@ -9,8 +9,8 @@ the model then reads them from there, and its private copies of them are let go:
     NAME            every dense parameter, by its checkpoint name
     NAME#PART       parts of the grid that GPTQ found for a weight
 
-EfficientQAT's quantizers are trained layer by layer (`lrqat.block_ap`) before they are trained end to end; GPTQ then
-works on each layer behind the trained prefix.
+Quantizers may be trained layer by layer (`lrqat.block_ap`) before they are trained end to end, EfficientQAT's always;
+GPTQ then works on each layer behind the trained prefix.
 """
 
 from __future__ import annotations
@@ -194,8 +194,9 @@ def swap_for_training(
 
 
 def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Tensor, folder: Path, key: str) -> None:
-    """EfficientQAT's Block-AP: swap and train layer by layer, then freeze the codes. Finished layers are kept."""
-    assert settings.block_epochs and settings.lr is not None and settings.block_lr_scales is not None
+    """Block-AP: swap and train layer by layer; EfficientQAT's codes are frozen then. Finished layers are kept."""
+    assert settings.block_epochs and settings.block_lr_scales is not None
+    lr = settings.lr if settings.block_lr is None else settings.block_lr
     parts: Found = {}
 
     def gptq(walk: Walk, number: int, states_NTH: Tensor) -> None:
@@ -209,13 +210,13 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
         BlockSettings(
             settings.block_epochs,
             settings.batch_size,
-            lr=settings.lr,
+            lr=lr or 0.0,  # of scales there is none
             lr_scales=settings.block_lr_scales,
             seed=settings.seed,
             compile=settings.compile,
         ),
         prepare=gptq if "gptq" in settings.beginning.steps else None,
-        finish=frozen_codes,
+        finish=frozen_codes if settings.method == "efficientqat" else None,
         folder=folder,
         key=key,
     )

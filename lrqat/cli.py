@@ -17,6 +17,7 @@ from lrqat.ranks import count, rank
 from lrqat.report.command import report_flags
 from lrqat.settings import (
     ACTIVATIONS,
+    BLOCKS,
     CALIBRATION_BLOCKS,
     DOWNCASTS,
     DTYPES,
@@ -210,11 +211,17 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument(
         "--lr-scales", type=float, help=f"relative learning rate of the scales; 0 freezes ({DEFAULTS['lr_scales']})"
     )
-    p.add_argument("--block-epochs", type=int, help=f"epochs of Block-AP ({defaults_of('block_epochs')})")
+    p.add_argument(
+        "--block-epochs",
+        type=int,
+        help="first train layer by layer on the layers' own outputs (Block-AP), so many passes over the calibration "
+        f"blocks ({defaults_of('block_epochs')})",
+    )
+    p.add_argument("--block-lr", type=float, help="learning rate of adapters or weights there (that of --lr)")
     p.add_argument(
         "--block-lr-scales",
         type=float,
-        help=f"relative learning rate of the scales in Block-AP ({defaults_of('block_lr_scales')})",
+        help=f"relative learning rate of the scales there ({BLOCKS['block_lr_scales']})",
     )
     p.add_argument(
         "--activations",

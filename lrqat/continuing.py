@@ -122,10 +122,10 @@ class FusedBase:
             raise LrqatError(
                 f"{names[0]}: {self.source} is a fused checkpoint, whose codes are the start; leave it out"
             )
-        if given.method == "efficientqat":
+        if given.block_epochs:
             raise LrqatError(
-                f"method efficientqat: Block-AP needs full-precision weights, and {self.source} is a fused checkpoint; "
-                "use --method scales for its second stage, or lrqat"
+                f"method {given.method}: Block-AP needs full-precision weights, and {self.source} is a fused "
+                "checkpoint; use no --block-epochs, and --method scales for EfficientQAT's second stage"
             )
         if given.loss == "kd" and given.teacher is None:
             raise LrqatError(

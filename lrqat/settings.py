@@ -25,14 +25,15 @@ MAX_RANGE_P = 16.0  # beyond, |error|^p leaves float32
 CALIBRATION_BLOCKS = 64
 
 # What only some methods take, with their defaults; the others refuse it.
+BLOCKS: dict[str, Any] = {"block_epochs": 0, "block_lr": None, "block_lr_scales": 1e-3}
 METHODS: dict[str, dict[str, Any]] = {
-    "lrqat": {"rank": 32, "alpha": None, "downcast": "fixed", "loftq": False, "lr": 1e-2},
-    "lsq": {"lr": 1e-4},
-    "l4q": {"rank": 4, "alpha": None, "lr": 3e-3},
-    "scales": {},
-    "efficientqat": {"lr": 1e-4, "block_epochs": 2, "block_lr_scales": 1e-3},
+    "lrqat": {"rank": 32, "alpha": None, "downcast": "fixed", "loftq": False, "lr": 1e-2, **BLOCKS},
+    "lsq": {"lr": 1e-4, **BLOCKS},
+    "l4q": {"rank": 4, "alpha": None, "lr": 3e-3, **BLOCKS},
+    "scales": {"block_epochs": 0, "block_lr_scales": 1e-3},
+    "efficientqat": {"lr": 1e-4, **BLOCKS, "block_epochs": 2},
 }
-CHOSEN = ("rank", "alpha", "downcast", "loftq", "lr", "block_epochs", "block_lr_scales")
+CHOSEN = ("rank", "alpha", "downcast", "loftq", "lr", "block_epochs", "block_lr", "block_lr_scales")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class TrainSettings:
     lr: float | None = None
     lr_scales: float = 4e-3
     block_epochs: int | None = None
+    block_lr: float | None = None
     block_lr_scales: float | None = None
     activations: str | None = None
     kv: str | None = None
@@ -136,12 +138,14 @@ class TrainSettings:
             one_of("offload", self.offload, OFFLOADS)
         if self.downcast is not None:
             one_of("downcast", self.downcast, DOWNCASTS)
-        for name in ("steps", "batch_size", "gradient_accumulation", "rank", "save_every", "block_epochs"):
+        for name in ("steps", "batch_size", "gradient_accumulation", "rank", "save_every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise LrqatError(f"{name}: expected at least 1, got {value}")
         if self.seq_len < 2:
             raise LrqatError(f"seq_len: expected at least 2, got {self.seq_len}")
-        for name in ("lr", "lr_scales", "block_lr_scales"):
+        if (self.block_epochs or 0) < (least := int(self.method == "efficientqat")):
+            raise LrqatError(f"block_epochs: expected at least {least}, got {self.block_epochs}")
+        for name in ("lr", "lr_scales", "block_lr", "block_lr_scales"):
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise LrqatError(f"{name}: expected a finite number of at least 0, got {value}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
@@ -162,11 +166,13 @@ class TrainSettings:
                 raise LrqatError(f"{name}: method {self.method} has none, only {takers}; leave it out")
             if name in defaults and given is None:
                 object.__setattr__(self, name, defaults[name])
-        calibrated = self.start != "rtn" or self.method == "efficientqat"
+        calibrated = self.start != "rtn" or bool(self.block_epochs)
         if calibrated and self.calibration_blocks is None:
             object.__setattr__(self, "calibration_blocks", CALIBRATION_BLOCKS)
         if not calibrated and self.calibration_blocks is not None:
-            raise LrqatError("calibration_blocks: start rtn needs none; leave it out, or use --start gptq")
+            raise LrqatError(
+                "calibration_blocks: start rtn needs none, nor do 0 block_epochs; leave it out, or use --start gptq"
+            )
 
     def _combine(self) -> None:
         """Refuse settings that are sound alone but not together."""
@@ -177,14 +183,14 @@ class TrainSettings:
             raise LrqatError("answers_only: the default text is no conversation; name conversations with --data")
         if self.teacher is not None and self.loss != "kd":
             raise LrqatError(f"teacher: loss {self.loss} has none; use --loss kd, or leave it out")
-        if self.method == "efficientqat" and (self.calibration_blocks or 0) < 2:
+        if self.block_epochs and (self.calibration_blocks or 0) < 2:
             raise LrqatError(f"calibration_blocks: expected at least 2, got {self.calibration_blocks}")
         if self.lr_scales == 0 and self.method in ("scales", "efficientqat"):
             raise LrqatError(f"lr_scales: at 0, method {self.method} has nothing to train; give --lr-scales")
         if self.loftq and self.downcast != "int":
             raise LrqatError(f"loftq: downcast {self.downcast} loses nothing to make up for; use --downcast int")
-        if self.activations not in (None, NONE) and self.method == "efficientqat":
-            raise LrqatError("activations: Block-AP does not round them; use another --method, or leave it out")
+        if self.activations not in (None, NONE) and self.block_epochs:
+            raise LrqatError("activations: Block-AP does not round them; use no --block-epochs, or leave it out")
 
     @property
     def assignment(self) -> Assignment:

@@ -199,8 +199,7 @@ def make_quantized(
     """The pretrained model becomes the one that is trained end to end; what takes long is kept in the run's folder."""
     key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
     beginning = settings.beginning
-    by_blocks = settings.method == "efficientqat"
-    if by_blocks:  # GPTQ works on each layer when its turn comes
+    if settings.block_epochs:  # GPTQ works on each layer when its turn comes
         beginning = dataclasses.replace(beginning, method="awq" if "awq" in beginning.steps else "rtn")
     path = out / "start.safetensors"
     with first():
@@ -208,7 +207,7 @@ def make_quantized(
     with offloaded(settings.offload, out / own("frozen.safetensors"), decided) as frozen:
         if fused:
             swap_for_training(model, decided, settings, fused.parts(model.device), fused.exactly, frozen)
-        elif by_blocks:
+        elif settings.block_epochs:
             with first():
                 train_blocks(model, decided, settings, calibration_NT, out / "blocks", key)
             if frozen:

@@ -92,6 +92,10 @@ def check(run: Path, method: str) -> None:
         ("scales", "gptq", ""),
         ("efficientqat", "rtn", "--lr 1e-2 --block-epochs 1"),
         ("efficientqat", "awq+gptq", ""),
+        ("lrqat", "gptq", "--rank 4 --block-epochs 1 --lr 1e-3 --block-lr 1e-1"),
+        ("lsq", "rtn", "--block-epochs 1 --lr 1e-2"),
+        ("l4q", "rtn", "--block-epochs 1 --lr 1e-1"),
+        ("scales", "gptq", "--block-epochs 1"),
         ("lsq", "rtn", "--rotate 1 --untie-head"),
     ],
 )
@@ -99,7 +103,8 @@ def test_every_method_trains_and_fuses_from_every_start(
     command: Callable[..., list[str]], tmp_path: Path, method: str, start: str, flags: str
 ) -> None:
     out = tmp_path / "run"
-    calibration = ["--calibration-blocks", 4] if start != "rtn" or method == "efficientqat" else []
+    calibrated = start != "rtn" or method == "efficientqat" or "--block-epochs" in flags
+    calibration = ["--calibration-blocks", 4] if calibrated else []
     assert main(command(out, "--method", method, "--start", start, *calibration, *flags.split())) == 0
     check(out, method)
     folder = last_checkpoint(out / "checkpoints")
@@ -117,6 +122,7 @@ def test_every_method_trains_and_fuses_from_every_start(
         "--method lsq --start gptq --calibration-blocks 4",
         "--method lrqat --rank 4 --start awq+gptq --calibration-blocks 4 --rotate 3 --untie-head --range-p 0",
         "--method efficientqat --start gptq --calibration-blocks 4 --lr 1e-3",
+        "--method lrqat --rank 4 --start gptq --calibration-blocks 4 --block-epochs 1",
     ],
 )
 def test_an_interrupted_run_resumes_to_the_codes_of_an_undisturbed_one(
@@ -285,7 +291,8 @@ def test_a_rotated_model_is_another_basis_of_the_same_model(tiny_model_dir: Path
         ("--method l4q --downcast int", "downcast: method l4q has none, only lrqat"),
         ("--method lsq --loftq", "loftq: method lsq"),
         ("--loftq", "use --downcast int"),
-        ("--block-epochs 2", "only efficientqat"),
+        ("--block-epochs -1", "block_epochs"),
+        ("--method scales --block-epochs 1 --block-lr 1e-3", "block_lr: method scales has none"),
         ("--method efficientqat --block-epochs 0", "block_epochs"),
         ("--method efficientqat --block-lr-scales nan", "block_lr_scales"),
         ("--method efficientqat --calibration-blocks 1", "calibration_blocks"),
