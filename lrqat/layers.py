@@ -147,13 +147,17 @@ def fuse_model(
 
     stored = stored_dtype(hf_config)
     dense = dense_tensors(model)
-    if stored is not None and stored.itemsize < model.dtype.itemsize:  # training has widened it
-        dense = {n: narrowed(tensor, stored) if tensor.dtype == model.dtype else tensor for n, tensor in dense.items()}
+    if stored is None or stored.itemsize >= model.dtype.itemsize:  # else training has widened it
+        stored = model.dtype
+    dense_specs = {
+        name: Spec(narrowed(tensor, stored).dtype if tensor.dtype == model.dtype else tensor.dtype, tuple(tensor.shape))
+        for name, tensor in dense.items()
+    }
     return FusedCheckpoint(
         tensors=Lazy(found, fuse),
-        dense=dense,
+        dense=Lazy(dense, lambda name: dense[name].to(dense_specs[name].dtype)),
         specs={name: FusedSpec(q.grid, q.shape) for name, q in found.items()},
-        dense_specs={name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()},
+        dense_specs=dense_specs,
         hf_config=effective_config(model, hf_config),
         assets=assets,
         provenance=provenance,
