@@ -30,7 +30,21 @@ EXACT = {
 }
 HOW = {"rtn": "Rounded to nearest, without training,", "import": "Imported, as somebody else quantized it,"}
 HOW |= {"gptq": "Rounded by GPTQ, without training,", "awq": "Rounded after AWQ, without training,"}
-SHOWN = ("steps", "batch_size", "seq_len", "loss", "rank", "lr", "lr_scales", "range_p", "data", "seed")
+SHOWN = (
+    "steps",
+    "batch_size",
+    "seq_len",
+    "loss",
+    "rank",
+    "lr",
+    "lr_scales",
+    "block_epochs",
+    "block_lr",
+    "block_lr_scales",
+    "range_p",
+    "data",
+    "seed",
+)
 BEGIN, END = "<!-- lrqat-parity -->", "<!-- /lrqat-parity -->"
 
 

@@ -195,7 +195,7 @@ def swap_for_training(
 
 def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Tensor, folder: Path, key: str) -> None:
     """Block-AP: swap and train layer by layer; EfficientQAT's codes are frozen then. Finished layers are kept."""
-    assert settings.block_epochs and settings.block_lr_scales is not None
+    assert settings.block_epochs
     lr = settings.lr if settings.block_lr is None else settings.block_lr
     parts: Found = {}
 
@@ -211,7 +211,7 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
             settings.block_epochs,
             settings.batch_size,
             lr=lr or 0.0,  # of scales there is none
-            lr_scales=settings.block_lr_scales,
+            lr_scales=settings.block_lr_scales or 0.0,  # None: frozen in both stages
             seed=settings.seed,
             compile=settings.compile,
         ),

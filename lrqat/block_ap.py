@@ -171,7 +171,9 @@ def train_layer(
         with torch.enable_grad():
             loss = F.mse_loss(walk.call(number, x_NTH[batch]).float(), y_NTH[batch].float())
             if not math.isfinite(loss.item()):
-                raise LrqatError(f"block-ap: the loss of layer {number} is {loss.item()}; lower the learning rates")
+                raise LrqatError(
+                    f"block-ap: the loss of layer {number} is {loss.item()}; lower --block-lr, --block-lr-scales"
+                )
             torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -17,7 +17,7 @@ from lrqat.ranks import count, rank
 from lrqat.report.command import report_flags
 from lrqat.settings import (
     ACTIVATIONS,
-    BLOCKS,
+    BLOCK_LR_SCALES,
     CALIBRATION_BLOCKS,
     DOWNCASTS,
     DTYPES,
@@ -215,13 +215,13 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "--block-epochs",
         type=int,
         help="first train layer by layer on the layers' own outputs (Block-AP), so many passes over the calibration "
-        f"blocks ({defaults_of('block_epochs')})",
+        f"blocks (efficientqat {METHODS['efficientqat']['block_epochs']}, others: not at all)",
     )
     p.add_argument("--block-lr", type=float, help="learning rate of adapters or weights there (that of --lr)")
     p.add_argument(
         "--block-lr-scales",
         type=float,
-        help=f"relative learning rate of the scales there ({BLOCKS['block_lr_scales']})",
+        help=f"relative learning rate of the scales there ({BLOCK_LR_SCALES})",
     )
     p.add_argument(
         "--activations",

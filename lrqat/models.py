@@ -6,9 +6,7 @@ headers, before weights are loaded.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ from lrqat.fused import (
 from lrqat.gguf_file import GgufFile
 from lrqat.hashing import sha256
 from lrqat.layers import dense_tensors
-from lrqat.memory import return_freed_memory
 from lrqat.pretokenizers import restore
 from lrqat.safestream import Entry, write_model
 from lrqat.sites import checkpoint_tensors
@@ -135,13 +132,13 @@ class Base:
             GenerationConfig.from_model_config(build_config(self.config, self.source)).save_pretrained(folder)
             return read_assets(Path(folder))
 
-    def skeleton(self) -> Any:
+    def skeleton(self, dtype: torch.dtype | None = None) -> Any:
         """The model without weights (on the meta device): its modules and their shapes."""
         from transformers import AutoModelForCausalLM
 
         try:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(build_config(self.config, self.source))
+                return AutoModelForCausalLM.from_config(build_config(self.config, self.source), dtype=dtype)
         except (ValueError, KeyError) as error:
             raise LrqatError(f"{self.source}: no causal language model: {first_line(error)}") from None
 
@@ -160,46 +157,6 @@ def save_directory(base: Base, directory: Path, dtype: torch.dtype) -> Path:
             (fresh / name).write_bytes(content)
         write_json(fresh / "config.json", {**base.config, "dtype": str(dtype).removeprefix("torch.")})
     return directory
-
-
-def model_in(base: Base, dtype: torch.dtype, out: Path) -> Any:
-    """`base.model(dtype)`, of which nothing is in memory before it is read, whatever the checkpoint's dtype.
-
-    transformers would convert a checkpoint in memory, all of it. Here tensor after tensor goes into a file beside
-    `out`, from which the model is mapped; it has no name any more then, and is gone with the process.
-
-    Raises:
-        LrqatError: the disk is too full.
-    """
-    if base.is_gguf:  # transformers takes it apart in memory
-        return base.model(dtype)
-    files = SafetensorsDirectory(base.path)
-    if not any(spec.dtype.is_floating_point and spec.dtype != dtype for spec in files.specs.values()):
-        return base.model(dtype)
-    skeleton = base.skeleton()
-    if any(getattr(skeleton, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")):
-        return base.model(dtype)  # converts some and leaves others
-    entries = [
-        Entry(name, to, spec.shape, partial(_in, files, name, to))
-        for name, spec in files.specs.items()
-        for to in [dtype if spec.dtype.is_floating_point else spec.dtype]
-    ]
-    there = next(path for path in out.absolute().parents if path.is_dir())
-    need, free = sum(entry.nbytes for entry in entries), shutil.disk_usage(there).free
-    if free < need:
-        raise LrqatError(
-            f"{there}: the model in {str(dtype).removeprefix('torch.')} takes {need / 1e9:.1f} GB there, "
-            f"{free / 1e9:.1f} GB are free; free some space, or use the checkpoint's dtype"
-        )
-    with tempfile.TemporaryDirectory(prefix=".lrqat-", dir=there) as folder:
-        write_model(Path(folder), entries, {"format": "pt"})
-        return_freed_memory()
-        write_json(Path(folder) / "config.json", base.config)
-        return dataclasses.replace(base, path=Path(folder)).model(dtype)
-
-
-def _in(files: SafetensorsDirectory, name: str, dtype: torch.dtype) -> torch.Tensor:
-    return files.get(name).to(dtype)
 
 
 def locate(source: str) -> Base:

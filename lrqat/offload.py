@@ -37,23 +37,35 @@ from lrqat.starts.walk import decoder_layers
 SPARE_BYTES = 1 << 30  # left on the disk for checkpoints and the fused model's beginnings
 
 
-def check_offload(settings: TrainSettings, plan: Plan, skeleton: Any, device: torch.device) -> None:
-    """Refuse what cannot be, before anything is loaded; `skeleton` is the model without weights."""
+def check_offload(settings: TrainSettings, plan: Plan, skeleton: Any, device: torch.device, converted: int = 0) -> None:
+    """Refuse what cannot be, before anything is loaded.
+
+    Args:
+        settings: of the training.
+        plan: which matrices, on which grids.
+        skeleton: the model without weights.
+        device: that trains.
+        converted: bytes of the checkpoint in another dtype, which lies on the same disk (`lrqat.convert`).
+    """
     if settings.offload == "cpu" and device.type == "cpu":
         raise LrqatError(
             "offload cpu: there is no GPU, so the weights are in the CPU's memory anyway; use --offload disk, or leave "
             "it out"
         )
+    need = converted
     if settings.offload == "disk":
         decoder_layers(skeleton)  # refuses a model whose layers are not found
-        out = Path(settings.out).absolute()
-        there = next(path for path in (out, *out.parents) if path.exists())
-        need, free = sum(frozen_bytes(settings, plan).values()) + SPARE_BYTES, shutil.disk_usage(there).free
-        if free < need:
-            raise LrqatError(
-                f"{out}: --offload disk needs {need / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free; free some space "
-                "or name another --out"
-            )
+        need += sum(frozen_bytes(settings, plan).values())
+    out = Path(settings.out).absolute()
+    there = next(path for path in (out, *out.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if need and free < need + SPARE_BYTES:
+        asks = [f"--dtype {settings.dtype} of another checkpoint"] if converted else []
+        asks += ["--offload disk"] if settings.offload == "disk" else []
+        raise LrqatError(
+            f"{out}: {' with '.join(asks)} needs {(need + SPARE_BYTES) / 1e9:.1f} GB there, {free / 1e9:.1f} GB are "
+            "free; free some space or name another --out"
+        )
 
 
 def frozen_bytes(settings: TrainSettings, plan: Plan) -> dict[str, int]:

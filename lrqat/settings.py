@@ -23,14 +23,15 @@ KV = {"8": 8, "4": 4}  # bits of `lrqat.kv`
 NONE = "none"  # of both: not at all, whatever the run that is continued or judged has
 MAX_RANGE_P = 16.0  # beyond, |error|^p leaves float32
 CALIBRATION_BLOCKS = 64
+BLOCK_LR_SCALES = 1e-3
 
 # What only some methods take, with their defaults; the others refuse it.
-BLOCKS: dict[str, Any] = {"block_epochs": 0, "block_lr": None, "block_lr_scales": 1e-3}
+BLOCKS: dict[str, Any] = {"block_epochs": None, "block_lr": None, "block_lr_scales": None}
 METHODS: dict[str, dict[str, Any]] = {
     "lrqat": {"rank": 32, "alpha": None, "downcast": "fixed", "loftq": False, "lr": 1e-2, **BLOCKS},
     "lsq": {"lr": 1e-4, **BLOCKS},
     "l4q": {"rank": 4, "alpha": None, "lr": 3e-3, **BLOCKS},
-    "scales": {"block_epochs": 0, "block_lr_scales": 1e-3},
+    "scales": {"block_epochs": None, "block_lr_scales": None},
     "efficientqat": {"lr": 1e-4, **BLOCKS, "block_epochs": 2},
 }
 CHOSEN = ("rank", "alpha", "downcast", "loftq", "lr", "block_epochs", "block_lr", "block_lr_scales")
@@ -138,13 +139,11 @@ class TrainSettings:
             one_of("offload", self.offload, OFFLOADS)
         if self.downcast is not None:
             one_of("downcast", self.downcast, DOWNCASTS)
-        for name in ("steps", "batch_size", "gradient_accumulation", "rank", "save_every"):
+        for name in ("steps", "batch_size", "gradient_accumulation", "rank", "save_every", "block_epochs"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise LrqatError(f"{name}: expected at least 1, got {value}")
         if self.seq_len < 2:
             raise LrqatError(f"seq_len: expected at least 2, got {self.seq_len}")
-        if (self.block_epochs or 0) < (least := int(self.method == "efficientqat")):
-            raise LrqatError(f"block_epochs: expected at least {least}, got {self.block_epochs}")
         for name in ("lr", "lr_scales", "block_lr", "block_lr_scales"):
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise LrqatError(f"{name}: expected a finite number of at least 0, got {value}")
@@ -166,12 +165,20 @@ class TrainSettings:
                 raise LrqatError(f"{name}: method {self.method} has none, only {takers}; leave it out")
             if name in defaults and given is None:
                 object.__setattr__(self, name, defaults[name])
-        calibrated = self.start != "rtn" or bool(self.block_epochs)
+        if self.block_epochs is None:
+            for name in ("block_lr", "block_lr_scales"):
+                if getattr(self, name) is not None:
+                    raise LrqatError(f"{name}: is of Block-AP; give --block-epochs too, or leave it out")
+        elif self.lr_scales == 0 and self.block_lr_scales is not None:
+            raise LrqatError("block_lr_scales: lr_scales 0 freezes the scales in both stages; leave one of them out")
+        elif self.lr_scales > 0 and self.block_lr_scales is None:
+            object.__setattr__(self, "block_lr_scales", BLOCK_LR_SCALES)
+        calibrated = self.start != "rtn" or self.block_epochs is not None
         if calibrated and self.calibration_blocks is None:
             object.__setattr__(self, "calibration_blocks", CALIBRATION_BLOCKS)
         if not calibrated and self.calibration_blocks is not None:
             raise LrqatError(
-                "calibration_blocks: start rtn needs none, nor do 0 block_epochs; leave it out, or use --start gptq"
+                "calibration_blocks: start rtn needs none, without block_epochs; leave it out, or use --start gptq"
             )
 
     def _combine(self) -> None:
@@ -187,6 +194,8 @@ class TrainSettings:
             raise LrqatError(f"calibration_blocks: expected at least 2, got {self.calibration_blocks}")
         if self.lr_scales == 0 and self.method in ("scales", "efficientqat"):
             raise LrqatError(f"lr_scales: at 0, method {self.method} has nothing to train; give --lr-scales")
+        if self.block_lr_scales == 0 and self.method == "scales":
+            raise LrqatError("block_lr_scales: at 0, method scales has nothing to train by blocks; give another")
         if self.loftq and self.downcast != "int":
             raise LrqatError(f"loftq: downcast {self.downcast} loses nothing to make up for; use --downcast int")
         if self.activations not in (None, NONE) and self.block_epochs:

@@ -2,6 +2,7 @@
 
 RUN/run.json            settings, base hash, data hash: what `--resume` must find unchanged
 RUN/teacher.npy         the teacher's hidden states while training; of several processes (`lrqat.ranks`) one file each
+RUN/converted/          the checkpoint in another dtype, until it is mapped (`lrqat.convert`)
 RUN/start.safetensors   the weights behind a rotation, AWQ or GPTQ
 RUN/frozen.safetensors  frozen weights, with --offload disk, while training
 RUN/blocks/             layers that Block-AP has finished
@@ -32,6 +33,7 @@ from lrqat.board import Board, board_is_there
 from lrqat.chat import answer_blocks
 from lrqat.console import device, log, peak_memory_gb
 from lrqat.continuing import FusedBase
+from lrqat.convert import conversion, converted_model
 from lrqat.data import blocks, draw
 from lrqat.errors import LrqatError
 from lrqat.experts import QuantExperts
@@ -41,7 +43,7 @@ from lrqat.layers import fuse_model, quantizers
 from lrqat.losses import body_and_head, head_of
 from lrqat.memory import give_large_blocks_back, return_freed_memory, wide
 from lrqat.methods.products import widens
-from lrqat.models import Base, locate, model_in
+from lrqat.models import Base, locate
 from lrqat.offload import check_offload, offloaded, streamed
 from lrqat.optimizer import check_optimizer, make_optimizer
 from lrqat.plan import Plan, plan
@@ -101,7 +103,8 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
         if (out / "summary.json").is_file() and (out / "fused" / "fused.json").is_file():
             log(f"{out}: complete already")
             return read_json(out / "summary.json")
-    check_offload(settings, decided, skeleton, device())
+    entries = conversion(base, dtype) if isinstance(base, Base) and device().type == "cpu" else []
+    check_offload(settings, decided, skeleton, device(), sum(entry.nbytes for entry in entries))
     log(f"{settings.model}: {decided}")
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
     if widens(dtype, device().type):
@@ -114,8 +117,9 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     if teacher and settings.teacher:  # before the student is loaded: never two models at a time
         open_run(out, fingerprint)
         head_VH = cache_named(teacher, settings.teacher, base.tokenizer, head_of(skeleton), blocks_NT, dtype, key)
-    if isinstance(base, Base) and device().type == "cpu":
-        model = model_in(base, dtype, out)
+    if entries:
+        assert isinstance(base, Base)
+        model = converted_model(base, dtype, entries, out / "converted")
     else:
         model = base.model(dtype).to(device())
     check_layers(model, settings.beginning)
@@ -177,7 +181,8 @@ def finish(
         out / "start.safetensors",
     ):
         left.unlink(missing_ok=True)
-    shutil.rmtree(out / "blocks", ignore_errors=True)
+    for folder in ("blocks", "converted"):
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
 def training_text(settings: TrainSettings, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
@@ -231,6 +236,8 @@ def make_fingerprint(base: Base | FusedBase, blocks_NT: Tensor, settings: TrainS
     chosen.pop("save_every")
     chosen.pop("shard")
     chosen.pop("offload")
+    if chosen["block_lr"] is None:  # as runs have it that began before there was one
+        chosen.pop("block_lr")
     return {
         "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()},
         "base_sha256": base.sha256(),

@@ -97,6 +97,8 @@ def lead(facts: Facts) -> str:
     settings, method = facts.settings, facts.settings.get("method")
     words = [f"{METHODS.get(str(method), str(method))} on the grid {settings['grid']}" if method else "Training"]
     words += [f"from a {settings['start']} start"] if settings.get("start") else []
+    if epochs := settings.get("block_epochs"):
+        words += [f"layer by layer ({epochs} epochs), then end to end"]
     how = {"kd": f"by distillation from {teacher(settings)}", "ce": "on next tokens"}
     words += [how[loss]] if (loss := str(settings.get("loss"))) in how else []
     text = " ".join(words)

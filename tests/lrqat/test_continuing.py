@@ -123,6 +123,7 @@ def test_a_continued_run_is_resumed(go_on: Callable[..., int], tmp_path: Path) -
         ("--start gptq", "start: "),
         ("--rotate 1 --untie-head", "rotate: "),
         ("--method efficientqat", "--method scales"),
+        ("--block-epochs 1 --calibration-blocks 4", "Block-AP needs full-precision weights"),
         ("--loss kd", "--teacher"),
         ("--loss ce --teacher x/y/z", "teacher: loss ce has none"),
         ("--downcast int --loftq", "loftq: "),

@@ -49,9 +49,10 @@ def run(tiny_model_dir: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
         ("--gradient-checkpointing", "--downcast", "int", "--dtype", "float32"),
         ("--method", "l4q", "--start", "awq", "--calibration-blocks", "4"),
         ("--method", "efficientqat", "--calibration-blocks", "4", "--block-epochs", "1"),
+        ("--calibration-blocks", "4", "--block-epochs", "1", "--block-lr", "1e-1"),
         ("--override", "embed_tokens=w8g32"),
     ],
-    ids=["lrqat", "checkpointing", "l4q", "efficientqat", "embeddings"],
+    ids=["lrqat", "checkpointing", "l4q", "efficientqat", "blocks", "embeddings"],
 )
 def test_codes_are_the_same_with_the_frozen_weights_on_disk(run: Run, flags: tuple[str, ...]) -> None:
     assert run(*flags) == run(*flags, "--offload", "disk")
@@ -87,8 +88,12 @@ def test_cpu_is_refused_without_a_gpu_and_a_full_disk_before_anything_is_loaded(
     check_offload(settings, decided, skeleton, device())
     decided.sites.update({name: site.__class__(name, site.kind, (1 << 24, 1 << 24), site.origin)
                           for name, site in decided.sites.items()})  # fmt: skip
-    with pytest.raises(LrqatError, match=r"needs \d+\.\d GB there"):
+    with pytest.raises(LrqatError, match=r"--offload disk needs \d+\.\d GB there"):
         check_offload(settings, decided, skeleton, device())
+    plain = TrainSettings(settings.model, settings.out, dtype="float32")
+    check_offload(plain, decided, skeleton, device(), 1 << 20)
+    with pytest.raises(LrqatError, match=r"--dtype float32 of another checkpoint needs \d+\.\d GB there"):
+        check_offload(plain, decided, skeleton, device(), 1 << 60)
 
 
 @pytest.mark.parametrize("method", ["lrqat", "lsq", "l4q", "scales"])

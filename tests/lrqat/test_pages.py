@@ -30,7 +30,8 @@ import json, re, sys, threading, time
 from pathlib import Path
 import torch
 from lrqat.begin import swap_for_training
-from lrqat.models import locate, model_in
+from lrqat.convert import conversion, converted_model
+from lrqat.models import locate
 from lrqat.plan import plan
 from lrqat.settings import TrainSettings
 
@@ -56,7 +57,9 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-model = model_in(base, getattr(torch, sys.argv[2]), Path(sys.argv[3]))
+dtype = getattr(torch, sys.argv[2])
+entries = conversion(base, dtype)
+model = converted_model(base, dtype, entries, Path(sys.argv[3])) if entries else base.model(dtype)
 loaded = memory()
 swap_for_training(model, decided, settings)
 after = memory()
@@ -84,7 +87,7 @@ def test_a_model_becomes_packed_weights_with_one_layer_in_anonymous_memory(
 ) -> None:
     words = [sys.executable, "-c", MEASURE, str(large_model_dir), dtype, str(tmp_path / "run")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert list(tmp_path.iterdir()) == []  # what was widened has no name any more
+    assert list(tmp_path.iterdir()) == []  # what was converted has no name any more
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     layer = 4 * 1024 * 1024 * 4 + 3 * 4096 * 1024 * 4  # bytes of a decoder layer in float32: what is never exceeded

@@ -311,7 +311,7 @@ def test_the_command_given_to_a_shell_trains_with_the_same_settings() -> None:
     more: dict[str, dict[str, Any]] = {
         "lrqat": {"range_p": None, "override": ("re:.*down_proj=w8g32", "lm_head=q6_k"), "skip": (r"layers\.0\.",)},
         "efficientqat": {"start": "gptq", "block_epochs": 3},
-        "l4q": {"gradient_checkpointing": True, "alpha": 1.5},
+        "l4q": {"gradient_checkpointing": True, "alpha": 1.5, "block_epochs": 1, "block_lr": 0.25},
     }
     for method in METHODS:
         settings = TrainSettings("org/it's a model", "runs/a b", method=method, data=("a.txt", "b.txt"), lr_scales=0.02)
