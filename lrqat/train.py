@@ -358,7 +358,7 @@ def plot_loss(metrics: list[dict[str, Any]], settings: TrainSettings, path: Path
 
     steps = [row["step"] for row in metrics]
     losses = torch.tensor([row["loss"] for row in metrics])
-    window = max(1, len(steps) // 20)
+    window = max(4, len(steps) // 20)
     smooth = [losses[max(0, i - window + 1) : i + 1].mean().item() for i in range(len(steps))]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, losses, linewidth=0.8, alpha=0.35, color="tab:blue", label="each step")
