@@ -33,6 +33,12 @@ from lrqat.pages import give_back, only_read
 from lrqat.ranks import agreed
 
 
+def give_back_mapped(module: Any, *_: Any) -> None:
+    """Let go of an embedding's pages. Looked at every time: were it copied meanwhile, its values would be gone."""
+    if only_read(module.weight):
+        give_back(module.weight)
+
+
 class LossModel(nn.Module):
     """A causal language model that maps token ids (and a teacher's states) to the loss alone.
 
@@ -47,11 +53,7 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = model
         self.register_buffer("teacher_VH", teacher_VH, persistent=False)
-        self.mapped = only_read(head_of(model).weight_VH)
-        self.teacher_mapped = teacher_VH is not None and only_read(teacher_VH)
-        embedding = model.get_input_embeddings()
-        if only_read(embedding.weight):
-            embedding.register_forward_hook(lambda module, *_: give_back(module.weight))
+        model.get_input_embeddings().register_forward_hook(give_back_mapped)
 
     def forward(
         self, input_ids: Tensor, teacher: Tensor | None = None, answers: Tensor | None = None
@@ -61,8 +63,9 @@ class LossModel(nn.Module):
         With answers, bool [B, T], the mean is over the tokens that predict one; the head sees no others.
         """
         hidden_BTH = self.model.base_model(input_ids, use_cache=False).last_hidden_state
-        head = head_of(self.model)._replace(mapped=self.mapped)
-        taught = None if self.teacher_VH is None else Head(self.teacher_VH, head.cap, self.teacher_mapped)
+        head = head_of(self.model)
+        head = head._replace(mapped=only_read(head.weight_VH))
+        taught = None if self.teacher_VH is None else Head(self.teacher_VH, head.cap, only_read(self.teacher_VH))
         if answers is not None:
             next_BT = answers[:, 1:]
             hidden_1KH = hidden_BTH[:, :-1][next_BT][None]
@@ -79,7 +82,18 @@ class LossModel(nn.Module):
 
 
 class LowRankTrainer(Trainer):
-    """Trainer whose checkpoints hold what training changed, in safetensors and JSON."""
+    """Trainer whose checkpoints hold what training changed, in safetensors and JSON.
+
+    The model is on its device already. For several processes on a CPU that is "cpu:0" to transformers and accelerate,
+    and moving a model there from "cpu" would copy all of it, mapped weights too.
+    """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.accelerator.device_placement = False
+
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        pass
 
     def get_train_dataloader(self) -> DataLoader:
         """The data set in its order: it is this process's own (`lrqat.ranks.share`), not to be dealt out again."""

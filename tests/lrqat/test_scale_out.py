@@ -129,6 +129,7 @@ def test_two_processes_end_with_the_codes_of_one(
         ["--start", "awq+gptq", "--calibration-blocks", "4"],
         ["--method", "efficientqat", "--calibration-blocks", "4"],
         ["--block-epochs", "1", "--calibration-blocks", "4"],
+        ["--offload", "disk"],
         ["--method", "lsq", "--grid", "q4_k"],
         ["--loss", "ce", "--gradient-checkpointing", "--dtype", "float32"],
         ["--seq-len", "500"],  # text for fewer blocks than the steps see
