@@ -49,6 +49,7 @@ from lrqat.optimizer import check_optimizer, make_optimizer
 from lrqat.plan import Plan, plan
 from lrqat.provenance import provenance
 from lrqat.ranks import agree, copy_first, first, join, leave, own, passes, rank, see, share, together
+from lrqat.report.charts import running_mean
 from lrqat.rounding import Rounding
 from lrqat.safestream import tensor_bytes
 from lrqat.settings import TrainSettings
@@ -357,9 +358,8 @@ def plot_loss(metrics: list[dict[str, Any]], settings: TrainSettings, path: Path
     import matplotlib.pyplot as plt
 
     steps = [row["step"] for row in metrics]
-    losses = torch.tensor([row["loss"] for row in metrics])
-    window = max(4, len(steps) // 20)
-    smooth = [losses[max(0, i - window + 1) : i + 1].mean().item() for i in range(len(steps))]
+    losses = [row["loss"] for row in metrics]
+    window, smooth = running_mean(losses)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, losses, linewidth=0.8, alpha=0.35, color="tab:blue", label="each step")
     axes.plot(steps, smooth, linewidth=2, color="tab:blue", label=f"mean of {window}")

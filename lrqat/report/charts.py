@@ -13,6 +13,17 @@ MOST_NUMBERED = 50  # layers whose heat map has its numbers written in it
 BINS_SHOWN = 0.0005  # a histogram's axis ends where less than this share lies beyond
 
 
+def running_mean(values: Sequence[float]) -> tuple[int, Any]:
+    """(steps, the mean of each value and those before it over so many): a twentieth of all, four at least."""
+    import numpy as np
+
+    window = max(4, len(values) // 20)
+    ends = np.arange(len(values)) + 1
+    starts = np.maximum(0, ends - window)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return window, (sums[ends] - sums[starts]) / (ends - starts)
+
+
 def curve(metrics: Sequence[Mapping[str, Any]], key: str, label: str) -> str:
     """A figure of metrics.jsonl against steps: every step faint, a running mean on top."""
     import numpy as np
@@ -20,19 +31,13 @@ def curve(metrics: Sequence[Mapping[str, Any]], key: str, label: str) -> str:
     rows = [row for row in metrics if row.get(key) is not None]
     stride = -(-len(rows) // MOST_POINTS)
     steps = np.array([row["step"] for row in rows])
-    values = np.array([row[key] for row in rows], dtype=float)
-    window = max(1, len(rows) // 20)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    starts = np.maximum(0, np.arange(len(values)) - window + 1)
-    smooth = (sums[1:] - sums[starts]) / (np.arange(len(values)) - starts + 1)
+    values = [float(row[key]) for row in rows]
+    window, smooth = running_mean(values)
     with drawing(220) as (figure, axes):
         each = "each step" if stride == 1 else f"one step in {stride}"
-        axes.plot(
-            steps[::stride], values[::stride], color=ACCENT, linewidth=1, alpha=0.4 if window > 1 else 1, label=each
-        )
-        if window > 1:
-            axes.plot(steps[::stride], smooth[::stride], color=ACCENT, linewidth=2, label=f"mean of {window} steps")
-            axes.legend()
+        axes.plot(steps[::stride], values[::stride], color=ACCENT, linewidth=1, alpha=0.4, label=each)
+        axes.plot(steps[::stride], smooth[::stride], color=ACCENT, linewidth=2, label=f"mean of {window} steps")
+        axes.legend()
         axes.set(xlabel="step")
         axes.set_title(label, loc="left", color=INK)
         axes.xaxis.get_major_locator().set_params(integer=True)
