@@ -8,22 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_architectures import ARCHITECTURES, MIXTURE, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrqat.convert import conversion, converted_model
 from lrqat.models import Base, locate
 from lrqat.pages import in_file
 
-SIZES = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen3": {"tie_word_embeddings": True},
-    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 16},
-    "qwen3_moe": MIXTURE,
+    **{name: ARCHITECTURES[name] for name in ("llama", "qwen3", "gemma3_text", "qwen3_moe")},
     "lfm2_moe": {**MIXTURE, "layer_types": ["full_attention"] * 2, "num_dense_layers": 1, "use_expert_bias": True},
 }
 
