@@ -10,7 +10,8 @@ end to end (method `Scales`: pass `finish=frozen_codes`). Here the method is any
 adapters that have learnt their layer's output, before they are trained end to end.
 
 Memory: the model, what the method needs for *one* layer with its gradients and Adam's moments, and three sets of
-hidden states [N, T, H]. Each finished layer is a file, so an interrupted run goes on behind the last one.
+hidden states [N, T, H]. Each finished layer is a file, so an interrupted run goes on behind the last one; where all are
+finished, no state is computed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from lrqat.optimizer import make_optimizer
 from lrqat.plan import Plan
 from lrqat.safestream import Entry, write_file
 from lrqat.sites import TRAINED
-from lrqat.starts.walk import Walk
+from lrqat.starts.walk import Walk, decoder_layers
 
 Prepare = Callable[[Walk, int, Tensor], None]
 Finish = Callable[[WeightQuantizer], WeightQuantizer]
@@ -101,35 +102,39 @@ def block_ap(
         folder: holds a file for each finished layer; None: nothing is kept.
         key: identifies model, data and settings; files under another key are refused.
     """
-    walk = Walk(model, blocks_NT)
-    teacher_NTH = student_NTH = walk.states_NTH
+    prefix, layers = decoder_layers(model)
+    paths = [None if folder is None else folder / f"layer_{number:04d}.safetensors" for number in range(len(layers))]
+    done = [path is not None and path.is_file() for path in paths]
+    walk = None if all(done) else Walk(model, blocks_NT)
+    if walk:
+        teacher_NTH = student_NTH = walk.states_NTH
     generator = torch.Generator().manual_seed(settings.seed)
     losses = []
-    for number in bar(range(len(walk.layers)), "block-ap"):
+    for number in bar(range(len(layers)), "block-ap"):
         order = [torch.randperm(len(blocks_NT), generator=generator) for _ in range(settings.epochs)]
-        teacher_NTH = walk.run(number, teacher_NTH)
-        path = folder / f"layer_{number:04d}.safetensors" if folder else None
-        done = path is not None and path.is_file()
-        if prepare and not done:
-            prepare(walk, number, student_NTH)
-        swap(model, inside(plan, f"{walk.name}.{number}."), make)
-        layer = walk.layers[number]
-        if not done:
+        path, layer = paths[number], layers[number]
+        if walk:
+            teacher_NTH = walk.run(number, teacher_NTH)
+            if prepare and not done[number]:
+                prepare(walk, number, student_NTH)
+        swap(model, inside(plan, f"{prefix}.{number}."), make)
+        if walk and not done[number]:
             if settings.compile:
                 compile_tiles(layer)
             before = relative_error(walk.run(number, student_NTH), teacher_NTH)
             train_layer(walk, number, student_NTH, teacher_NTH, settings, order)
         if finish:
             replace_quantizers(layer, finish)
-        if done and path:
-            load_layer(layer, path, key)
+        if path and done[number]:
+            losses.append(load_layer(layer, path, key))
         layer.requires_grad_(False)
-        student_NTH = walk.run(number, student_NTH)
-        after = relative_error(student_NTH, teacher_NTH)
-        losses.append(LayerLoss(math.nan if done else before, after))
-        if path and not done:
-            save_layer(layer, path, key)
-    rest = outside(plan, f"{walk.name}.")
+        if walk:
+            student_NTH = walk.run(number, student_NTH)
+            if not done[number]:
+                losses.append(LayerLoss(before, relative_error(student_NTH, teacher_NTH)))
+                if path:
+                    save_layer(layer, path, key, losses[-1])
+    rest = outside(plan, f"{prefix}.")
     if rest.grids:
         swap(model, rest, make)
     for name, quantizer in quantizers(model).items():
@@ -216,16 +221,16 @@ def layer_tensors(layer: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save_layer(layer: nn.Module, path: Path, key: str) -> None:
-    """Write its quantizers' tensors; the file appears when it is whole."""
+def save_layer(layer: nn.Module, path: Path, key: str, loss: LayerLoss) -> None:
+    """Write its quantizers' tensors and its loss; the file appears when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = layer_tensors(layer)
     entries = [Entry(n, t.dtype, tuple(t.shape), partial(tensors.__getitem__, n)) for n, t in tensors.items()]
-    write_file(path, entries, {"format": "pt", "key": key})
+    write_file(path, entries, {"format": "pt", "key": key, "before": repr(loss.before), "after": repr(loss.after)})
 
 
 @torch.no_grad()
-def load_layer(layer: nn.Module, path: Path, key: str) -> None:
+def load_layer(layer: nn.Module, path: Path, key: str) -> LayerLoss:
     """Read what `save_layer` wrote into quantizers of the same kind."""
     tensors = layer_tensors(layer)
     with open_safetensors(path) as file:
@@ -235,3 +240,4 @@ def load_layer(layer: nn.Module, path: Path, key: str) -> None:
             raise LrqatError(f"{path}: was written by a run with other settings; remove it, or start a new run")
         for name, tensor in tensors.items():
             tensor.copy_(file.get_tensor(name))
+    return LayerLoss(float(metadata.get("before", math.nan)), float(metadata.get("after", math.nan)))
