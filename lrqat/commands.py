@@ -74,9 +74,9 @@ def zeroshot_command(args: argparse.Namespace) -> int:
     from lrqat import zeroshot
 
     wanted = zeroshot.parse_tasks(args.tasks)
-    for name, value in (("limit", args.limit), ("batch-size", args.batch_size)):
-        if value is not None and value < 1:
-            raise LrqatError(f"--{name}: expected at least 1, got {value}")
+    for name, value, least in (("limit", args.limit, 2), ("batch-size", args.batch_size, 1)):
+        if value is not None and value < least:
+            raise LrqatError(f"--{name}: expected at least {least}, got {value}")
     if args.server and (args.activations or args.kv):
         raise LrqatError("--activations, --kv: a server rounds what it rounds; leave them out")
     zeroshot.check_installed()

@@ -118,6 +118,8 @@ def make_tasks(wanted: Mapping[str, int | None], folder: Path) -> list[Any]:
     made = []
     for name, first in wanted.items():
         rows = rows_of(name, folder, first)
+        if len(rows) < 2:
+            raise LrqatError(f"--tasks {name}: {len(rows)} rows; a standard error takes 2")
         content = partial(_splits, Dataset.from_list(rows))
         config = {**TASKS[name], "task": name, "test_split": "test", "custom_dataset": content, "num_fewshot": 0}
         made.append(ConfigurableTask(config=config))

@@ -239,6 +239,28 @@ def test_the_table_has_means_over_seeds_and_the_plots_are_written(
 
 
 @pytest.mark.slow
+def test_zero_shot_accuracies_are_asked_once_of_the_chosen_rows_and_the_full_precision_model(copy: Bench) -> None:
+    pytest.importorskip("lm_eval")
+    tasks = copy.out.parent / "tasks"
+    tasks.mkdir()
+    asked = {"query": "Question: Which is a number?", "choices": ["seven", "a house"], "gold": 0}
+    for name in ("piqa", "arc_easy", "hellaswag"):
+        (tasks / f"{name}.jsonl").write_text("".join(json.dumps({**asked, "gold": i % 2}) + "\n" for i in range(4)))
+    (tasks / "lambada_openai.jsonl").write_text((json.dumps({"text": "numbers and numbers"}) + "\n") * 4)
+    words = ["zeroshot", "--tasks-dir", str(tasks), "--limit", "3", "--only", "rtn", "--out", str(copy.out)]
+    assert main(words) == 0
+    found = copy.result("w3g32-rtn")["zeroshot"]
+    assert found["tasks"]["piqa"]["rows"] == 3 and 0 <= found["average"]["acc"] <= 1
+    assert "zeroshot" in copy.result("reference") and "zeroshot" not in copy.result("w3g32-lrqat-s0")
+    times = [(copy.folder(label) / "log.txt").stat().st_mtime_ns for label in ("w3g32-rtn", "reference")]
+    assert main(words) == 0
+    assert times == [(copy.folder(label) / "log.txt").stat().st_mtime_ns for label in ("w3g32-rtn", "reference")]
+    table.write(copy.out)
+    text = (copy.out / "quality.md").read_text()
+    assert f"| {found['average']['acc']:.4f} ± {found['average']['acc_stderr']:.4f} |" in text
+
+
+@pytest.mark.slow
 def test_seeds_under_different_settings_are_not_averaged(copy: Bench) -> None:
     other = copy.result("w3g32-lrqat-s0")
     other["seed"], other["settings"]["rank"] = 1, 8

@@ -1,4 +1,4 @@
-"""The command line: run, test, table."""
+"""The command line: run, test, zeroshot, table."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.quality import plan, rows, table
 from lrqat.command import run as run_command
+from lrqat.errors import LrqatError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +38,12 @@ def make_parser() -> argparse.ArgumentParser:
     text_flags(p, blocks=32)
     p.set_defaults(body=test)
 
+    p = commands.add_parser("zeroshot", help="score finished rows on lm-eval's tasks, beside the full-precision model")
+    p.add_argument("--tasks-dir", type=Path, required=True, metavar="DIR", help="as of lrqat zeroshot")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N rows of every task")
+    hand_flags(p)
+    p.set_defaults(body=zeroshot)
+
     p = commands.add_parser("table", help="write the table and the plots of all results")
     p.add_argument("--out", type=Path, required=True)
     p.set_defaults(body=write_table)
@@ -44,9 +51,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def text_flags(p: argparse.ArgumentParser, blocks: int) -> None:
-    """How a text is scored, and with how many hands."""
+    """How a text is scored."""
     p.add_argument("--blocks", type=int, default=blocks, help=f"of the text: its first ones ({blocks})")
     p.add_argument("--seq-len", type=int, default=1024, help="tokens a block; each is its own context (1024)")
+    hand_flags(p)
+
+
+def hand_flags(p: argparse.ArgumentParser) -> None:
+    """Which rows, and with how many hands."""
     p.add_argument("--out", type=Path, required=True, help="directory of all rows")
     p.add_argument("--only", default="", metavar="REGEX", help="rows whose label, as w3g64-lrqat-s0, has this in it")
     p.add_argument("--jobs", type=int, default=1, help="rows at a time (1)")
@@ -72,6 +84,14 @@ def test(args: argparse.Namespace) -> int:
     text = rows.Text.make("test", args.test, args.seq_len, args.blocks)
     with rows.Bench.open(args.out) as bench:
         return report(args.out, rows.test(bench, text, hands(args), args.only))
+
+
+def zeroshot(args: argparse.Namespace) -> int:
+    """Body of `zeroshot`."""
+    if not args.tasks_dir.is_dir():
+        raise LrqatError(f"--tasks-dir {args.tasks_dir}: no such directory; lrqat/zeroshot.py says what it holds")
+    with rows.Bench.open(args.out) as bench:
+        return report(args.out, rows.zeroshot(bench, args.tasks_dir, hands(args), args.only, args.limit))
 
 
 def report(out: Path, done: rows.Done) -> int:

@@ -270,6 +270,27 @@ def test(bench: Bench, text: Text, hands: Hands, only: str) -> Done:
         return in_turn({label: partial(score, bench, label, text, children) for label in labels}, hands.jobs, children)
 
 
+def zeroshot(bench: Bench, folder: Path, hands: Hands, only: str, limit: int | None = None) -> Done:
+    """The full-precision model and all results chosen get `lrqat zeroshot`'s accuracies, unless they have them."""
+    identity: dict[str, Any] = {"sha256": sha256(sorted(folder.glob("*.*"))), "limit": limit}
+    words = ["--tasks-dir", folder.resolve(), "--json", *(() if limit is None else ("--limit", limit))]
+    chosen = [label for label in bench.results() if label != REFERENCE and re.search(only, label)]
+    with Children(hands.threads, bench.lock) as children:
+
+        def do(label: str) -> None:
+            path, log_file = bench.out / "rows" / label / "result.json", bench.out / "rows" / label / "log.txt"
+            result = read_json(path)
+            if (found := result.get("zeroshot")) and all(found[key] == value for key, value in identity.items()):
+                return
+            command = [sys.executable, "-m", "lrqat.cli", "zeroshot", bench.out / result["source"], *words]
+            said = children.answer(children.run(command, log_file), log_file)
+            told = {**identity, "tasks": said["tasks"], "average": said["average"]}
+            write_json(path, {**read_json(path), "zeroshot": told})
+            log(f"{label}: zero-shot {said['average']['acc']:.4f} +- {said['average']['acc_stderr']:.4f}")
+
+        return in_turn({label: partial(do, label) for label in (REFERENCE, *chosen)}, hands.jobs, children)
+
+
 def in_turn(tasks: Mapping[str, Callable[[], None]], jobs: int, children: Children) -> Done:
     """Tasks by label, `jobs` at a time; one that fails does not stop the others."""
     done = Done()

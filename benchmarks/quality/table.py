@@ -79,8 +79,9 @@ def line(group: list[dict[str, Any]]) -> dict[str, Any]:
     for kind in KINDS:
         whole = all(kind in result for result in group)
         found[kind] = {key: spread(result[kind][key] for result in group) for key in SCORES} if whole else None
-    tasks = [result.get("zeroshot") for result in group]
-    found["zeroshot"] = spread(sum(t.values()) / len(t) for t in tasks if t) if all(tasks) else None
+    asked = [result.get("zeroshot") for result in group]
+    found["zeroshot"] = spread(told and told["average"]["acc"] for told in asked)
+    found["zeroshot_stderr"] = spread(told and told["average"]["acc_stderr"] for told in asked)
     return found
 
 
@@ -124,7 +125,9 @@ def markdown(table: Mapping[str, Any]) -> str:
         least = ">= " if row["cost_is_a_lower_bound"] else ""
         cells += [(least + shown(row["core_minutes"], ".3g")).strip(), shown(row["peak_memory_gb"], ".2f")]
         cells += [shown(row["codes_moved"], ".2%")]
-        cells += [shown(row["zeroshot"], ".3f")] if zeroshot else []
+        if zeroshot:
+            error = row["zeroshot_stderr"]
+            cells += [shown(row["zeroshot"], ".4f") + (f" ± {error['mean']:.4f}" if error else "")]
         written.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(written) + "\n"
 

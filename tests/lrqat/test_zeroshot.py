@@ -90,6 +90,17 @@ def test_without_lm_eval_the_remedy_is_named(
     assert len(errors) == 1 and "pip install 'lrqat[lm-eval]'" in errors[0]
 
 
+def test_one_row_has_no_standard_error_and_is_refused(
+    folder: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["zeroshot", str(tiny_model_dir), "--tasks-dir", str(folder)]
+    assert main([*words, "--limit", "1"]) == 2
+    assert "--limit: expected at least 2, got 1" in capsys.readouterr().err
+    pytest.importorskip("lm_eval", reason=zeroshot.INSTALL)
+    assert main([*words, "--tasks", "piqa:1"]) == 2
+    assert "--tasks piqa: 1 rows; a standard error takes 2" in capsys.readouterr().err
+
+
 def nats(model: Any, tokenizer: Any, context: str, continuation: str) -> tuple[float, bool]:
     """log p(continuation | context), and whether every token of it is the most likely one."""
     whole = tokenizer(context + continuation)["input_ids"]
