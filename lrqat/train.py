@@ -336,6 +336,7 @@ def write_summary(
         "override": list(settings.override) or None,
         "method": settings.method,
         "start": settings.start,
+        "block_epochs": settings.block_epochs,
         "steps": settings.steps,
         "loss_first": metrics[0]["loss"],
         "loss_last_tenth": sum(tail) / len(tail),
