@@ -202,7 +202,7 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
     def gptq(walk: Walk, number: int, states_NTH: Tensor) -> None:
         parts.update(gptq_layer(model, plan, walk, number, states_NTH, settings.range_p))
 
-    losses = block_ap(
+    errors = block_ap(
         model,
         plan,
         blocks_NT,
@@ -220,7 +220,7 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
         folder=folder,
         key=key,
     )
-    log(f"block-ap: relative error of the last layer's output {losses[-1].after:.3g}")
+    log(f"block-ap: relative error of the last layer's output {errors[-1]:.3g}")
     if settings.compile:
         compile_tiles(model)
     Rounding().but(None, settings.kv).apply(model)  # Block-AP's targets and inputs have none

@@ -67,14 +67,6 @@ class BlockSettings:
     compile: bool = False
 
 
-@dataclass(frozen=True)
-class LayerLoss:
-    """Mean squared error of one layer's output, relative to the output's mean square, before and after training."""
-
-    before: float
-    after: float
-
-
 def block_ap(
     model: Any,
     plan: Plan,
@@ -86,8 +78,10 @@ def block_ap(
     finish: Finish | None = None,
     folder: Path | None = None,
     key: str = "",
-) -> list[LayerLoss]:
+) -> list[float]:
     """Swap and train every decoder layer; what is planned outside of them is swapped at the end.
+
+    Returns each layer's mean squared error at x_k, relative to its targets' mean square.
 
     Args:
         model: the full-precision model; left as `swap` leaves it.
@@ -109,7 +103,7 @@ def block_ap(
     if walk:
         teacher_NTH = student_NTH = walk.states_NTH
     generator = torch.Generator().manual_seed(settings.seed)
-    losses = []
+    errors = []
     for number in bar(range(len(layers)), "block-ap"):
         order = [torch.randperm(len(blocks_NT), generator=generator) for _ in range(settings.epochs)]
         path, layer = paths[number], layers[number]
@@ -121,25 +115,24 @@ def block_ap(
         if walk and not done[number]:
             if settings.compile:
                 compile_tiles(layer)
-            before = relative_error(walk.run(number, student_NTH), teacher_NTH)
             train_layer(walk, number, student_NTH, teacher_NTH, settings, order)
         if finish:
             replace_quantizers(layer, finish)
         if path and done[number]:
-            losses.append(load_layer(layer, path, key))
+            errors.append(load_layer(layer, path, key))
         layer.requires_grad_(False)
         if walk:
             student_NTH = walk.run(number, student_NTH)
             if not done[number]:
-                losses.append(LayerLoss(before, relative_error(student_NTH, teacher_NTH)))
+                errors.append(relative_error(student_NTH, teacher_NTH))
                 if path:
-                    save_layer(layer, path, key, losses[-1])
+                    save_layer(layer, path, key, errors[-1])
     rest = outside(plan, f"{prefix}.")
     if rest.grids:
         swap(model, rest, make)
     for name, quantizer in quantizers(model).items():
         quantizer.requires_grad_(plan.sites[name].kind in TRAINED)
-    return losses
+    return errors
 
 
 def inside(plan: Plan, prefix: str) -> Plan:
@@ -221,17 +214,17 @@ def layer_tensors(layer: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save_layer(layer: nn.Module, path: Path, key: str, loss: LayerLoss) -> None:
-    """Write its quantizers' tensors and its loss; the file appears when it is whole."""
+def save_layer(layer: nn.Module, path: Path, key: str, error: float) -> None:
+    """Write its quantizers' tensors and its error; the file appears when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = layer_tensors(layer)
     entries = [Entry(n, t.dtype, tuple(t.shape), partial(tensors.__getitem__, n)) for n, t in tensors.items()]
-    write_file(path, entries, {"format": "pt", "key": key, "before": repr(loss.before), "after": repr(loss.after)})
+    write_file(path, entries, {"format": "pt", "key": key, "error": repr(error)})
 
 
 @torch.no_grad()
-def load_layer(layer: nn.Module, path: Path, key: str) -> LayerLoss:
-    """Read what `save_layer` wrote into quantizers of the same kind."""
+def load_layer(layer: nn.Module, path: Path, key: str) -> float:
+    """Read what `save_layer` wrote into quantizers of the same kind; returns the layer's error."""
     tensors = layer_tensors(layer)
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
@@ -240,4 +233,4 @@ def load_layer(layer: nn.Module, path: Path, key: str) -> LayerLoss:
             raise LrqatError(f"{path}: was written by a run with other settings; remove it, or start a new run")
         for name, tensor in tensors.items():
             tensor.copy_(file.get_tensor(name))
-    return LayerLoss(float(metadata.get("before", math.nan)), float(metadata.get("after", math.nan)))
+    return float(metadata.get("error", math.nan))
