@@ -14,6 +14,8 @@ arXiv 2406.06385; L4Q, arXiv 2402.04902, appendix A)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -78,11 +80,23 @@ class WeightDomain(GainQuantizer):
 
     @staticmethod
     def slopes(grid: Grid, affine: Affine, latent_KI: Tensor, levels_KI: Tensor, grad_KI: Tensor) -> Slopes:
-        """The equations of the module's docstring; `large_KI` is dL/dW.
+        """LSQ's: clipped is what is rounded beyond the ends."""
+        return weight_slopes(inside, grid, affine, latent_KI, levels_KI, grad_KI)
 
-        level - x is formed before any sum: at 8 bits the two alone would cancel to a hundredth of their size.
-        """
-        masked_KI = inside(grid, latent_KI, grad_KI)
-        off_KI = (levels_KI - inside(grid, latent_KI, latent_KI)) * grad_KI
-        offset_KG = None if affine.offset_OG is None else by_group(grad_KI - masked_KI, grid).sum(2)
-        return Slopes(masked_KI, by_group(off_KI, grid).sum(2), offset_KG)
+
+def weight_slopes(
+    kept: Callable[[Grid, Tensor, Tensor], Tensor],
+    grid: Grid,
+    affine: Affine,
+    latent_KI: Tensor,
+    levels_KI: Tensor,
+    grad_KI: Tensor,
+) -> Slopes:
+    """The equations of the module's docstring, kept(grid, x, v) = v [x inside]; `large_KI` is dL/dW.
+
+    level - x is formed before any sum: at 8 bits the two alone would cancel to a hundredth of their size.
+    """
+    masked_KI = kept(grid, latent_KI, grad_KI)
+    off_KI = (levels_KI - kept(grid, latent_KI, latent_KI)) * grad_KI
+    offset_KG = None if affine.offset_OG is None else by_group(grad_KI - masked_KI, grid).sum(2)
+    return Slopes(masked_KI, by_group(off_KI, grid).sum(2), offset_KG)

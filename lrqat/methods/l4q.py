@@ -1,12 +1,15 @@
 """L4Q (arXiv 2402.04902): low-rank adapters on the weight, below the rounding, with a learned grid.
 
     W  = W0 + (alpha/r) B A                          eq. 6; W0 frozen in its own dtype, r = 4
-    W^ = s * nearest((W - m) / s) + m                eq. 7; s and m trained
-    dB = (alpha/r) dL/dW A^T,  dA = (alpha/r) B^T dL/dW         eq. 10-12, dL/dW as in `lrqat.methods.gains`
+    W^ = s * round(clip(x, qn, qp)) + m              eq. 7, x = (W - m) / s; s and m trained
+    dB = (alpha/r) dL/dW A^T,  dA = (alpha/r) B^T dL/dW         eq. 10-12
+    dW, ds, dm as in `lrqat.methods.gains`, x inside where qn <= x <= qp
 
-W is recomputed in backward. The paper's offset m is real: grids "-min" have it, others train s alone (where m
-follows s: m = -s z). A is Kaiming and B zero, as in LoRA. LR-QAT differs in one thing: its frozen part is divided
-by the *initial* s, so a moving s moves W0 along; here W0 stays, and s moves the grid below it.
+The clip comes before the rounding, so gradients end at the outermost levels, half a step before LSQ's and LR-QAT's.
+W is recomputed in backward. The paper's offset is real: grids "-min" have it, others train s alone (where m follows s:
+m = -s z). Theirs is the middle level, m the lowest, so a step of s moves other levels here than there. A is Kaiming and
+B zero, as in LoRA. LR-QAT differs in what is frozen, too: it is divided by the *initial* s, so a moving s moves W0 along;
+here W0 stays, and s moves the grid below it.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lrqat.errors import LrqatError
-from lrqat.grid import Grid, Parts, Rows, to_latent
+from lrqat.grid import Affine, Grid, Parts, Rows, to_latent
 from lrqat.grids.affine import AffineGrid
 from lrqat.grids.wire import to_fp16
-from lrqat.methods.gains import WeightDomain
+from lrqat.methods.gains import WeightDomain, weight_slopes
 from lrqat.methods.place import passing
-from lrqat.methods.tiles import Pieces
+from lrqat.methods.tiles import Pieces, Slopes
 
 
 class L4Q(WeightDomain):
@@ -67,6 +70,11 @@ class L4Q(WeightDomain):
         weight_KI = passing((len(frozen_KI), self.shape[1]), torch.float32, frozen_KI.device, "delta").copy_(frozen_KI)
         return (weight_KI.addmm_(self.b_OR[rows].detach(), self.a_RI.detach(), alpha=self.multiplier),)
 
+    @staticmethod
+    def slopes(grid: Grid, affine: Affine, latent_KI: Tensor, levels_KI: Tensor, grad_KI: Tensor) -> Slopes:
+        """Eq. 10-13."""
+        return weight_slopes(between_ends, grid, affine, latent_KI, levels_KI, grad_KI)
+
     def started(self, rows: slice) -> Tensor:
         """nearest((W0 - m0) / s0)."""
         affine = self.grid.affine(dict(self.start.named_buffers()))
@@ -81,6 +89,12 @@ class L4Q(WeightDomain):
         a_RI, b_KR = self.a_RI.detach().to(large_KI.dtype), self.b_OR[rows].detach().to(large_KI.dtype)
         grads["b_OR"][rows] += (large_KI @ a_RI.T) * self.multiplier
         grads["a_RI"] += (b_KR.T @ large_KI) * self.multiplier
+
+
+def between_ends(grid: Grid, latent_KI: Tensor, values_KI: Tensor) -> Tensor:
+    """The values where qn <= x <= qp, else 0."""
+    low, high = grid.ends
+    return torch.where((latent_KI >= low) & (latent_KI <= high), values_KI, 0.0)
 
 
 def l4q_start(weight_OI: Tensor, grid: Grid, name: str = "weight") -> dict[str, Tensor]:

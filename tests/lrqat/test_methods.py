@@ -80,6 +80,9 @@ def straight_through(quantizer: GainQuantizer, trained: Mapping[str, Tensor]) ->
     else:
         real_OI = trained["weight_OI"].double()
     x_OI = (real_OI - offset_OI) / scale_OI
+    if isinstance(quantizer, L4Q):  # eq. 7 as it is written: autograd through round(clip(x))
+        clipped_OI = x_OI.clamp(*grid.ends)
+        return (clipped_OI + (level_OI - clipped_OI).detach()) * scale_OI + offset_OI
     low, high = grid.bounds
     return (level_OI + (x_OI - x_OI.detach()) * ((latent_OI > low) & (latent_OI < high))) * scale_OI + offset_OI
 
