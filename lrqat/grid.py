@@ -53,6 +53,13 @@ class Part:
     low: int | None = None
     high: int | None = None
 
+    @property
+    def bits(self) -> int:
+        """Of a number; integers are packed in as few as their range takes."""
+        if self.low is None or self.high is None:
+            return 8 * self.dtype.itemsize
+        return (self.high - self.low).bit_length()
+
 
 class Grid(ABC):
     """Base of all grids; a value: equal when spelled alike.
@@ -145,9 +152,7 @@ class Grid(ABC):
 
     def bits_per_weight(self, rows: int, columns: int) -> float:
         """Stored bits, codes and parts, a weight."""
-        stored = sum(
-            8 * part.dtype.itemsize * part.shape[0] * part.shape[1] for part in self.parts(rows, columns).values()
-        )
+        stored = sum(part.bits * part.shape[0] * part.shape[1] for part in self.parts(rows, columns).values())
         return self.bits + stored / (rows * columns)
 
 

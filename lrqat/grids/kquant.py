@@ -86,11 +86,6 @@ class KGrid(EvenGrid):
             parts["sub_minimums"] = Part(torch.uint8, groups, *self.sub_range)
         return parts
 
-    def bits_per_weight(self, rows: int, columns: int) -> float:
-        """As ggml packs it."""
-        subs = (2 if self.minimums else 1) * self.sub_bits / self.block
-        return self.bits + subs + (2 if self.minimums else 1) * 16 / SUPER_BLOCK
-
     @property
     def learned(self) -> tuple[str, ...]:
         """All of them."""

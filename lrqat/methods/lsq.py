@@ -5,9 +5,8 @@
 The gradients stand in `lrqat.methods.gains`. LSQ's gradient scale 1 / sqrt(N * qmax) has no place here: gains make
 the step relative, and Adam does not see a constant factor.
 
-Memory: W, its gradient and Adam's two moments, [O, I] each: the yardstick that low rank is measured against. A
-bfloat16 W halves that, but forgets updates below 2^-9 of a weight. The codes that it began with, for `moved`, are half
-a byte a weight.
+Memory: W, its gradient and Adam's two moments, [O, I] each in float32: the yardstick that low rank is measured against.
+The codes that it began with, for `moved`, are half a byte a weight.
 """
 
 from __future__ import annotations
@@ -29,17 +28,14 @@ class LSQ(WeightDomain):
         start: the grid's parts that it is rounded with at the start.
         grid: any grid.
         learn_scales: train gains on the parts; otherwise they stay as they are.
-        dtype: of the trained weight.
     """
 
     begun: Tensor
     immutable = ("begun",)
 
-    def __init__(
-        self, weight_OI: Tensor, start: Parts, grid: Grid, *, learn_scales: bool, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, weight_OI: Tensor, start: Parts, grid: Grid, *, learn_scales: bool) -> None:
         super().__init__(grid, (weight_OI.shape[0], weight_OI.shape[1]), start, learn_scales)
-        self.weight_OI = nn.Parameter(weight_OI.detach().to(dtype, copy=True))
+        self.weight_OI = nn.Parameter(weight_OI.detach().to(torch.float32, copy=True))
         affine = grid.affine(start)
         begun = fill(*self.shape, lambda rows: self._pack(grid.encode(self.levels(rows, affine))))
         self.register_buffer("begun", begun, persistent=False)

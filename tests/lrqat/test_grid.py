@@ -144,7 +144,7 @@ def test_ggml_names_of_affine_types_are_understood(name: str) -> None:
     [
         *[("q2_k", 2.625), ("q3_k", 3.4375), ("q4_k", 4.5), ("q5_k", 5.5), ("q6_k", 6.5625), ("iq4_nl", 4.5)],
         *[("mxfp4", 4.25), ("tq2_0", 2.0625), ("q4_0", 4.5), ("q4_1", 5.0), ("q5_1", 6.0), ("q8_0", 8.5)],
-        *[("q2_0", 2.25), ("w4", 4 + 16 / 256)],
+        *[("q2_0", 2.25), ("w4", 4 + 16 / 256), ("w4g32-asym", 4 + 20 / 32), ("w2g64-asym", 2 + 18 / 64)],
     ],
 )
 def test_bits_a_weight_are_those_of_the_format(name: str, bits: float) -> None:
