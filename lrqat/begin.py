@@ -42,7 +42,7 @@ from lrqat.ranges import start
 from lrqat.rounding import Rounding
 from lrqat.safestream import Entry, write_file
 from lrqat.settings import Beginning, TrainSettings
-from lrqat.sites import TRAINED, Site, origins
+from lrqat.sites import LINEAR, TRAINED, Site, origins
 from lrqat.starts.awq import awq_fold
 from lrqat.starts.codes import rounded
 from lrqat.starts.fold import LlamaLayer
@@ -67,6 +67,20 @@ def check_layers(model: Any, beginning: Beginning) -> None:
         name, layers = decoder_layers(model)
         for number, layer in enumerate(layers):
             LlamaLayer(layer, f"{name}.{number}")
+
+
+def uncalibrated(plan: Plan, beginning: Beginning) -> dict[str, int]:
+    """For the provenance: how many planned weights GPTQ and AWQ leave to rounding to nearest (experts, embeddings)."""
+    left = sum(plan.sites[name].kind != LINEAR for name in plan.grids) if beginning.calibrated else 0
+    return {"rounded_to_nearest": left} if left else {}
+
+
+def tell_uncalibrated(plan: Plan, beginning: Beginning) -> dict[str, int]:
+    """`uncalibrated`, told in the log too."""
+    found = uncalibrated(plan, beginning)
+    for left in found.values():
+        log(f"{beginning.method} works on linear layers; {left} of {len(plan.grids)} weights are rounded to nearest")
+    return found
 
 
 def prepare(model: Any, plan: Plan, beginning: Beginning, blocks_NT: Tensor, p: float | None) -> Found:

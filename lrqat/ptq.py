@@ -10,12 +10,13 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrqat.assign import Assignment
-from lrqat.begin import check_layers, prepare, untie
+from lrqat.begin import check_layers, prepare, tell_uncalibrated, untie
 from lrqat.console import device, log
 from lrqat.data import blocks, draw
 from lrqat.errors import LrqatError
@@ -69,7 +70,8 @@ def quantize(
     decided = plan(skeleton, Assignment.make(grid, override, skip))
     log(f"{base.source}: {decided}")
     settings = {"model": base.source, "grid": str(grid), "range_p": p, "override": list(override), "skip": list(skip)}
-    calibration_NT, more = torch.empty(0, beginning.seq_len, dtype=torch.int64), {}
+    calibration_NT = torch.empty(0, beginning.seq_len, dtype=torch.int64)
+    more: dict[str, Any] = dict(tell_uncalibrated(decided, beginning))
     if beginning.calibrated:
         text_NT = blocks(beginning.data, base.tokenizer, beginning.seq_len, enough=beginning.blocks)
         calibration_NT = draw(text_NT, beginning.blocks or 0, CALIBRATION_SEED)

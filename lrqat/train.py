@@ -28,7 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrqat.begin import check_layers, prepare_once, swap_for_training, train_blocks, untie
+from lrqat.begin import (
+    check_layers,
+    prepare_once,
+    swap_for_training,
+    tell_uncalibrated,
+    train_blocks,
+    uncalibrated,
+    untie,
+)
 from lrqat.board import Board, board_is_there
 from lrqat.chat import answer_blocks
 from lrqat.console import device, log, peak_memory_gb
@@ -107,6 +115,7 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     entries = conversion(base, dtype) if isinstance(base, Base) and device().type == "cpu" else []
     check_offload(settings, decided, skeleton, device(), sum(entry.nbytes for entry in entries))
     log(f"{settings.model}: {decided}")
+    tell_uncalibrated(decided, settings.beginning)
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
     if widens(dtype, device().type):
         log(f"dtype: this CPU has no instructions for {settings.dtype}; --dtype float32 is faster, in more memory")
@@ -168,6 +177,7 @@ def finish(
     out = Path(settings.out)
     changed = statistics(model)
     before: dict[str, Any] = {"continues": base.checkpoint.provenance} if isinstance(base, FusedBase) else {}
+    before |= uncalibrated(decided, settings.beginning)
     told = provenance(settings.method, skipped=decided.skipped, **fingerprint, **before)
     checkpoint_out = fuse_model(model, base.config, base.assets, told)
     log(f"writing {out / 'fused'}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrqat.assign import Assignment
+from lrqat.begin import swap_for_training, tell_uncalibrated
 from lrqat.fused import FusedCheckpoint, SafetensorsDirectory
 from lrqat.grid import Grid
 from lrqat.layers import fuse_model, quantizers, swap
@@ -20,9 +21,8 @@ from lrqat.methods.rounded import Rounded
 from lrqat.models import fake_quant_model
 from lrqat.plan import plan
 from lrqat.ptq import rtn
-from lrqat.settings import TrainSettings
+from lrqat.settings import Beginning, TrainSettings
 from lrqat.sites import TRAINED, Site, checkpoint_tensors
-from lrqat.train import swap_for_training
 from lrqat.trainer import LossModel
 
 SIZES = {
@@ -140,6 +140,18 @@ def test_experts_apart_compute_what_experts_together_do(model_type: str) -> None
         if name in one:
             tensor.copy_(one[name])
     assert torch.equal(logits(apart), logits(model))
+
+
+def test_a_calibrated_start_says_that_it_leaves_experts_to_rounding(capsys: pytest.CaptureFixture[str]) -> None:
+    decided = plan(tiny("qwen3_moe"), Assignment.make(Grid.parse("w4g32")))
+    experts = sum(".experts." in name for name in decided.grids)
+    assert 0 < experts < len(decided.grids)
+    gptq = Beginning("gptq", data=("text",), blocks=2)
+    assert tell_uncalibrated(decided, gptq) == {"rounded_to_nearest": experts}
+    assert f"{experts} of {len(decided.grids)} weights are rounded to nearest" in capsys.readouterr().err
+    assert tell_uncalibrated(decided, Beginning()) == {}
+    dense = plan(tiny("llama"), Assignment.make(Grid.parse("w4g32")))
+    assert tell_uncalibrated(dense, gptq) == {} and not capsys.readouterr().err
 
 
 def test_a_mixture_trains_fuses_and_reloads(tmp_path: Path) -> None:
