@@ -1,14 +1,16 @@
 """Keys and values rounded as a quantized KV cache holds them: one range for each token and key-value head.
 
     k^ = per_token(RoPE(k)),   v^ = per_token(v)     asymmetric (`lrqat.activations`), over the D values of a head
+    q^ = per_token(RoPE(q))                          where activations are rounded too, to their bits
 
 A cache stores a token once and reads it often; its range is its own alone, so rounding what is read gives what would
-have been stored, and no token sees a later one. Queries, scores and the attention's output are left to `activations`.
-The gradient passes straight through.
+have been stored, and no token sees a later one. The attention's output is left to `activations`; scores are not
+rounded. The gradient passes straight through.
 
-Source: LR-QAT's W4A8KV8 and W4A8KV4 (arXiv 2406.06385). The authors' code rounds keys after RoPE, by token and head, as
-here; values at v_proj's output, where the heads of a token share one range. A range per head is finer, and is what
-vLLM's caches int8_per_token_head and int4_per_token_head keep.
+Source: LR-QAT's W4A8KV8, W4A8KV4 and W4A4KV4 (arXiv 2406.06385; its code's pattern "na.k.v.qe.ke.ao.nm.mm"). There
+k_proj's and v_proj's outputs are rounded, where the heads of a token share one range, to 4 bits in KV4, and keys
+behind RoPE once more, to the activations' bits, as are queries. Here keys are rounded once, behind RoPE, with a range
+per head: what vLLM's caches int8_per_token_head and int4_per_token_head keep.
 
 Works where transformers lets an attention function be registered (`AttentionInterface`): the model's layers call ours,
 which rounds and calls theirs (sdpa). Refuses models that do not ask it in every layer: those with attention of their
@@ -29,12 +31,13 @@ from lrqat.errors import LrqatError
 BASE = "sdpa"  # the attention function of transformers that computes
 
 
-def round_kv(model: Any, bits: int) -> None:
+def round_kv(model: Any, bits: int, query_bits: int | None = None) -> None:
     """From now on the model's attention sees rounded keys and values.
 
     Args:
         model: a transformers causal language model.
         bits: of a key's or value's code.
+        query_bits: of a query's; None: queries stay as they are.
 
     Raises:
         LrqatError: not every layer would round them.
@@ -50,8 +53,8 @@ def round_kv(model: Any, bits: int) -> None:
         raise LrqatError(f"kv: {what} computes attention by {found!r}, expected {BASE!r}; leave --kv out")
     if getattr(config, "kv_lora_rank", None):
         raise LrqatError(f"kv: {what} caches compressed keys and values, which lrqat cannot round; leave --kv out")
-    name, seen = f"lrqat_kv{bits}", set[int]()
-    attend = rounding(sdpa_attention_forward, bits)
+    name, seen = f"lrqat_kv{bits}_q{query_bits}", set[int]()
+    attend = rounding(sdpa_attention_forward, bits, query_bits)
 
     def counted(module: Any, *arguments: Any, **options: Any) -> Any:
         seen.add(id(module))
@@ -79,11 +82,13 @@ def check_kv(model: Any, bits: int) -> None:
     model.set_attn_implementation(BASE)
 
 
-def rounding(attend: Callable[..., Any], bits: int) -> Callable[..., Any]:
-    """The attention function `attend` on rounded keys and values."""
+def rounding(attend: Callable[..., Any], bits: int, query_bits: int | None = None) -> Callable[..., Any]:
+    """The attention function `attend` on rounded keys and values, and queries if asked to."""
 
     def on_rounded(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
         """query [B, heads, T, D]; key, value [B, key-value heads, T, D]."""
+        if query_bits is not None:
+            query = per_token(query, query_bits, symmetric=False)
         key = per_token(key, bits, symmetric=False)
         value = per_token(value, bits, symmetric=False)
         return attend(module, query, key, value, *rest, **options)

@@ -2,6 +2,7 @@
 
     activations   what flows into quantized layers, per token        `lrqat.activations`
     kv            keys and values, per token and head                `lrqat.kv`
+    both          queries too, to the bits of 8 or 4 bit activations; int8 is a runtime's, which leaves them
 
 A run's choice stands in fused.json, provenance.settings; `lrqat eval` and `lrqat zeroshot` follow it, so that what is
 judged is what was trained.
@@ -76,11 +77,13 @@ class Rounding:
 
     def apply_to(self, model: Any, names: list[str]) -> None:
         """Round in a model, in front of these modules."""
+        query_bits: int | None = None
         if self.activations is not None:
             bits, symmetric = ACTIVATIONS[self.activations]
             round_inputs(model, names, bits, symmetric=symmetric)
+            query_bits = None if symmetric else bits
         if self.kv is not None:
-            round_kv(model, KV[self.kv])
+            round_kv(model, KV[self.kv], query_bits)
 
 
 def rounded_model(checkpoint: FusedCheckpoint, rounding: Rounding, dtype: torch.dtype = torch.float32) -> Any:

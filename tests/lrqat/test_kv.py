@@ -78,6 +78,13 @@ def test_each_token_and_head_errs_by_half_a_step_of_its_own_range(
         assert step.max() > 100 * step.min()  # one range for all would have erred by that much more
 
 
+def test_queries_are_rounded_to_the_bits_of_activations(qkv: tuple[Tensor, Tensor, Tensor]) -> None:
+    found: list[Tensor] = []
+    rounding(lambda _module, *qkv: found.extend(qkv), 8, 4)(None, *qkv)
+    for exact, rounded, bits in zip(qkv, found, (4, 8, 8), strict=True):
+        assert torch.equal(rounded, per_token(exact, bits, symmetric=False)) and not torch.equal(rounded, exact)
+
+
 def test_a_token_is_rounded_the_same_whatever_the_other_tokens_and_heads_are(
     qkv: tuple[Tensor, Tensor, Tensor],
 ) -> None:

@@ -76,6 +76,18 @@ def test_the_judged_model_is_the_training_models_forward(run: Path, tiny_model_d
         assert training(ids).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("activations", "bits"), [("8", 8), ("4", 4), ("int8", None), (None, None)], ids=lambda value: str(value)
+)
+def test_queries_are_rounded_as_the_papers_activations_are_and_no_runtimes(
+    activations: str | None, bits: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int | None]] = []
+    monkeypatch.setattr("lrqat.rounding.round_kv", lambda _model, kv, query: asked.append((kv, query)))
+    Rounding(activations, "8").apply_to(torch.nn.Module(), [])
+    assert asked == [(8, bits)]
+
+
 def test_a_plain_model_takes_rounded_keys_but_no_rounded_activations(
     evaluate: Callable[..., Any], tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
