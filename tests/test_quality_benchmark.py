@@ -167,6 +167,19 @@ def test_the_test_text_is_scored_once(copy: Bench, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
+def test_a_row_is_not_tested_again_under_other_settings(copy: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["test", "--test", str(copy.test), *SIZE, "--threads", "1", "--out", str(copy.out), "--only", "rtn"]
+    assert main(words) == 0
+    changed = copy.result("w3g32-rtn")
+    del changed["test"]
+    changed["settings"]["range_p"] = 4
+    write_json(copy.folder("w3g32-rtn") / "result.json", changed)
+    assert main(words) == 2 and "under other settings" in capsys.readouterr().err
+    for only, told in (("no such row", "none of 2 finished rows"), ("w3-(", "no regular expression")):
+        assert main([*words[:-1], only]) == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "data"])
 def test_results_of_another_model_or_text_are_not_dropped(
     copy: Bench, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -239,7 +252,9 @@ def test_the_table_has_means_over_seeds_and_the_plots_are_written(
 
 
 @pytest.mark.slow
-def test_zero_shot_accuracies_are_asked_once_of_the_chosen_rows_and_the_full_precision_model(copy: Bench) -> None:
+def test_zero_shot_accuracies_are_asked_once_of_the_chosen_rows_and_the_full_precision_model(
+    copy: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("lm_eval")
     tasks = copy.out.parent / "tasks"
     tasks.mkdir()
@@ -258,6 +273,9 @@ def test_zero_shot_accuracies_are_asked_once_of_the_chosen_rows_and_the_full_pre
     table.write(copy.out)
     text = (copy.out / "quality.md").read_text()
     assert f"| {found['average']['acc']:.4f} ± {found['average']['acc_stderr']:.4f} |" in text
+    assert "piqa (3), arc_easy (3), hellaswag (3), lambada_openai (3)" in text
+    assert main([*words[:3], "--out", str(copy.out)]) == 2  # all rows of the tasks, beside 3 of each
+    assert "limit 3" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -255,14 +255,23 @@ def run(bench: Bench, planned: Sequence[Row], text: Text, hands: Hands) -> Done:
 
 def test(bench: Bench, text: Text, hands: Hands, only: str) -> Done:
     """All results that have no figures on the test text get them."""
-    labels = [label for label in bench.results() if label != REFERENCE and re.search(only, label)]
+    labels = chosen(bench, only)
+    ledger = bench.out / "tested.json"
+    tested: dict[str, Any] = read_json(ledger) if ledger.is_file() else {}
     for label in [REFERENCE, *labels]:
-        found = read_json(bench.out / "rows" / label / "result.json").get(text.kind)
+        result = read_json(bench.out / "rows" / label / "result.json")
+        found = result.get(text.kind)
         if found is not None and not text.is_of(found):
             raise LrqatError(
                 f"{label}: was scored on {found['text']}, {found['blocks']} x {found['seq_len']}; the test text is "
                 "scored once: name the same"
             )
+        if tested.setdefault(label, result["settings"]) != result["settings"]:
+            raise LrqatError(
+                f"{label}: the test text was scored under other settings; looking again would choose settings by it; "
+                "leave the row out by --only, or rename it in the plan"
+            )
+    write_json(ledger, tested)
     with Children(hands.threads, bench.lock) as children:
         done = in_turn({REFERENCE: partial(score, bench, REFERENCE, text, children)}, 1, children)
         if done.failed:
@@ -270,17 +279,37 @@ def test(bench: Bench, text: Text, hands: Hands, only: str) -> Done:
         return in_turn({label: partial(score, bench, label, text, children) for label in labels}, hands.jobs, children)
 
 
+def chosen(bench: Bench, only: str) -> list[str]:
+    """Labels of the finished rows that have `only` in them.
+
+    Raises:
+        LrqatError: no regular expression, or none of them has it.
+    """
+    labels = [label for label in bench.results() if label != REFERENCE]
+    try:
+        found = [label for label in labels if re.search(only, label)]
+    except re.error as error:
+        raise LrqatError(f"--only {only}: no regular expression ({error})") from None
+    if not found:
+        raise LrqatError(f"--only {only!r}: none of {len(labels)} finished rows has it in its label; see {bench.out}")
+    return found
+
+
 def zeroshot(bench: Bench, folder: Path, hands: Hands, only: str, limit: int | None = None) -> Done:
     """The full-precision model and all results chosen get `lrqat zeroshot`'s accuracies, unless they have them."""
     identity: dict[str, Any] = {"sha256": sha256(sorted(folder.glob("*.*"))), "limit": limit}
     words = ["--tasks-dir", folder.resolve(), "--json", *(() if limit is None else ("--limit", limit))]
-    chosen = [label for label in bench.results() if label != REFERENCE and re.search(only, label)]
+    labels = chosen(bench, only)
+    for label in bench.results():
+        found = read_json(bench.out / "rows" / label / "result.json").get("zeroshot")
+        if found is not None and any(found[key] != value for key, value in identity.items()):
+            raise LrqatError(f"{label}: was asked other rows (limit {found['limit']}); name the same, or another --out")
     with Children(hands.threads, bench.lock) as children:
 
         def do(label: str) -> None:
             path, log_file = bench.out / "rows" / label / "result.json", bench.out / "rows" / label / "log.txt"
             result = read_json(path)
-            if (found := result.get("zeroshot")) and all(found[key] == value for key, value in identity.items()):
+            if "zeroshot" in result:
                 return
             command = [sys.executable, "-m", "lrqat.cli", "zeroshot", bench.out / result["source"], *words]
             said = children.answer(children.run(command, log_file), log_file)
@@ -288,7 +317,7 @@ def zeroshot(bench: Bench, folder: Path, hands: Hands, only: str, limit: int | N
             write_json(path, {**read_json(path), "zeroshot": told})
             log(f"{label}: zero-shot {said['average']['acc']:.4f} +- {said['average']['acc_stderr']:.4f}")
 
-        return in_turn({label: partial(do, label) for label in (REFERENCE, *chosen)}, hands.jobs, children)
+        return in_turn({label: partial(do, label) for label in (REFERENCE, *labels)}, hands.jobs, children)
 
 
 def in_turn(tasks: Mapping[str, Callable[[], None]], jobs: int, children: Children) -> Done:
@@ -375,6 +404,7 @@ def execute(
     return {
         "tool": "lrqat",
         "version": lrqat.__version__,
+        "code_sha256": sha256(sorted(Path(lrqat.__file__).parent.rglob("*.py"))),
         "method": said["method"],
         "bits_per_weight": bits / weights,
         "seconds": sum(cost["seconds"] for cost in known),

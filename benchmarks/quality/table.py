@@ -32,6 +32,7 @@ def write(out: Path) -> tuple[Path, int]:
         "benchmark": "quality",
         "model": Path(read_json(out / "bench.json")["model"]).name,
         **{kind: one_text(results, kind) for kind in KINDS},
+        "zeroshot": next((asked(result["zeroshot"]) for result in results if "zeroshot" in result), None),
         **lines(results),
     }
     path = out / "quality.json"
@@ -50,6 +51,11 @@ def one_text(results: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
         raise LrqatError(f"{first} and {other} were scored on different {kind} text; run them again on one")
     found: dict[str, Any] | None = json.loads(next(iter(texts))) if texts else None
     return found
+
+
+def asked(zeroshot: Mapping[str, Any]) -> dict[str, int]:
+    """Tasks, and how many rows of each; the same for all results (`benchmarks.quality.rows.zeroshot`)."""
+    return {name: found["rows"] for name, found in zeroshot["tasks"].items()}
 
 
 def lines(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -75,13 +81,14 @@ def line(group: list[dict[str, Any]]) -> dict[str, Any]:
     found = {**kept, "settings": {key: value for key, value in first["settings"].items() if key != "seed"}}
     found["seeds"] = sorted(result["seed"] for result in group if result["seed"] is not None)
     found |= {key: spread(result.get(key) for result in group) for key in COSTS}
+    found["code_sha256"] = sorted({result["code_sha256"] for result in group if "code_sha256" in result})
     found["cost_is_a_lower_bound"] = any(result.get("cost_is_a_lower_bound") for result in group)
     for kind in KINDS:
         whole = all(kind in result for result in group)
         found[kind] = {key: spread(result[kind][key] for result in group) for key in SCORES} if whole else None
-    asked = [result.get("zeroshot") for result in group]
-    found["zeroshot"] = spread(told and told["average"]["acc"] for told in asked)
-    found["zeroshot_stderr"] = spread(told and told["average"]["acc_stderr"] for told in asked)
+    told = [result.get("zeroshot") for result in group]
+    found["zeroshot"] = spread(one and one["average"]["acc"] for one in told)
+    found["zeroshot_stderr"] = spread(one and one["average"]["acc_stderr"] for one in told)
     return found
 
 
@@ -103,14 +110,19 @@ def markdown(table: Mapping[str, Any]) -> str:
     head = ["grid", "row", "tool", "bits", "runs"]
     head += [f"{name}, {kind}" for kind in kinds for name in ("KL", "perplexity", "per word", "top-1")]
     head += ["core-min", "GB", "codes moved"]
-    zeroshot = any(row["zeroshot"] for row in table["rows"])
+    zeroshot = table["zeroshot"]
     head += ["zero-shot"] if zeroshot else []
+    codes = {one for row in table["rows"] for one in row["code_sha256"]}
+    notes = f" Made by {len(codes)} versions of lrqat's code, which quality.json names." if len(codes) > 1 else ""
+    if zeroshot:
+        tasks = ", ".join(f"{name} ({count})" for name, count in zeroshot.items())
+        notes += f" Zero-shot: mean accuracy and its standard error, {tasks}."
     written = [
         f"# Quality: {table['model']}",
         "",
         f"KL in nats per token to the full-precision model ({'; '.join(texts)}); each block is its own context. Bits "
         "are of a quantized weight, scales included. Cost: user and system time and peak memory of the whole command. "
-        f"Of several seeds: mean (lowest to highest). Sorted by KL, {table['sorted_by']}.",
+        f"Of several seeds: mean (lowest to highest). Sorted by KL, {table['sorted_by']}.{notes}",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
