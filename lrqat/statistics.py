@@ -8,7 +8,7 @@
                   scale_change  s after / s before - 1
 
 Counts are integers; what lies outside of a histogram's range is in its first or last bin. "Before" is what training
-end to end began with: the start's codes, or those that Block-AP left. Heads and embeddings are not trained.
+began with: the start's codes; of EfficientQAT's histograms, what Block-AP left. Heads and embeddings are not trained.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ def loftq(quantizer: LRQAT, weight_OI: Tensor, generator: torch.Generator, turns
     quantizer.phi.copy_(quantizer._pack(grid.encode(levels_OI)))
     quantizer.a_OR.copy_(left_OR / abs(quantizer.multiplier) ** 0.5)
     quantizer.b_RI.copy_(right_RI * abs(quantizer.multiplier) ** 0.5 / quantizer.multiplier)
+    quantizer.begun = quantizer.a_OR.detach().clone(), quantizer.b_RI.detach().clone()
     return errors
 
 

@@ -44,6 +44,15 @@ def test_latents_begin_nearer_to_the_weights_and_no_turn_makes_it_worse(spelling
     assert distance(quantizer) < 0.8 * before
 
 
+@pytest.mark.parametrize("spelling", ["w2g32", "w3g32-min", "w4", "q2_k"])
+def test_no_code_has_moved_before_training(spelling: str) -> None:
+    quantizer = make(spelling, 16)
+    loftq(quantizer, weight(), torch.Generator().manual_seed(0))
+    assert quantizer.moved() == 0
+    quantizer.a_OR.data += torch.randn(quantizer.a_OR.shape, generator=torch.Generator().manual_seed(1))
+    assert quantizer.moved() > 0
+
+
 def test_full_rank_begins_at_the_weights_themselves() -> None:
     quantizer = make("w3g32", ROWS)
     plain = quantizer.fuse()
