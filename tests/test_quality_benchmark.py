@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from benchmarks.quality import plan, rows, table
@@ -23,6 +24,7 @@ from benchmarks.quality.plots import apart
 from lrqat.errors import LrqatError
 from lrqat.evaluate import evaluate_files
 from lrqat.jsonfile import read_json, write_json
+from lrqat.ptq import CALIBRATION_SEED
 from lrqat.trainer import read_metrics
 
 STEPS = 60
@@ -344,6 +346,21 @@ def test_the_plan_that_comes_with_it_is_sound() -> None:
     found = plan.read(path, Path("."))
     plan.check(found, ["text.txt"])
     assert len(found) == 40 and len({row.label for row in found}) == 40
+
+
+def test_peers_are_calibrated_on_the_tokens_that_lrqat_is(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from benchmarks.peers import shared
+    from lrqat.data import blocks, draw
+
+    rows = [f"Row {i} is one of many rows.\nIts number is {i * i}." for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (tmp_path / "b.txt").write_text("\n\n".join(f"Line {i}\nof a book." for i in range(60)))
+    files = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    ours = draw(blocks([str(file) for file in files], tokenizer, 24), 8, CALIBRATION_SEED)
+    assert torch.equal(shared.blocks(tokenizer, files, 8, 24), ours)
 
 
 def test_labels_are_moved_apart_and_keep_their_order() -> None:

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -103,26 +103,25 @@ def parser(description: str, grid: str | None = "w4g32") -> argparse.ArgumentPar
     return made
 
 
-def documents(files: Sequence[Path]) -> Iterator[str]:
-    """The files' documents in turn, one of each file: rows of .jsonl (`text`), paragraphs of .txt."""
-
-    def of(file: Path) -> Iterator[str]:
+def documents(file: Path) -> Iterator[str]:
+    """A file's documents: rows of .jsonl (`text`), or all of a .txt."""
+    if file.suffix == ".jsonl":
         with open(file, encoding="utf-8") as lines:
-            for line in lines:
-                if text := (json.loads(line)["text"] if file.suffix == ".jsonl" else line).strip():
-                    yield text
-
-    return (text for text in chain.from_iterable(zip_longest(*map(of, files))) if text is not None)
+            yield from (json.loads(line)["text"] for line in lines if line.strip())
+    else:
+        yield file.read_text(encoding="utf-8")
 
 
 def blocks(tokenizer: Any, files: Sequence[Path], count: int, length: int) -> Tensor:
-    """Token ids, int64 [count, length]: documents, each ended by EOS, joined and cut."""
+    """Token ids, int64 [count, length], chosen as `lrqat ptq` chooses: all documents joined, cut, drawn with seed 0."""
     ids: list[int] = []
-    for text in documents(files):
+    for text in chain.from_iterable(map(documents, files)):
         ids += [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
-        if len(ids) >= count * length:
-            return torch.tensor(ids[: count * length]).view(count, length)
-    sys.exit(f"--text: {len(ids)} tokens in {len(files)} files, expected {count} x {length}; add files")
+    found = len(ids) // length
+    if found < count:
+        sys.exit(f"--text: {len(ids)} tokens in {len(files)} files, expected {count} x {length}; add files")
+    order = torch.randperm(found, generator=torch.Generator().manual_seed(0))
+    return torch.tensor(ids[: found * length]).view(found, length)[order[:count]]
 
 
 def fresh(out: Path) -> Path:
