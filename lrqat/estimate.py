@@ -45,6 +45,7 @@ PROCESS = 600e6  # bytes; CPU build of torch 2.13, transformers 5.19
 MALLOC = 0.1
 MALLOC_GIVEN_BACK = 0.03  # before every layer
 FROZEN = ("packed", "grid", "dense")
+BENEATH = ("lsq", "l4q")  # methods of real weights (`lrqat.methods.gains.WeightDomain`)
 FACTORED = ("lrqat", "scales")  # methods that keep outputs (`WeightQuantizer.factored`)
 BUFFERS = 3  # [T, O] around the largest weight
 PROBED = (32, 160)  # tokens of the two timings
@@ -135,7 +136,8 @@ def trained_sizes(plan: Plan, settings: TrainSettings) -> list[int]:
             found += [settings.rank * rows, settings.rank * columns]
         if settings.lr_scales > 0:
             parts = grid.parts(rows, columns)
-            found += [parts[learned].shape[0] * parts[learned].shape[1] for learned in grid.learned]
+            learned = (*grid.learned, *(grid.learned_beneath if settings.method in BENEATH else ()))
+            found += [parts[part].shape[0] * parts[part].shape[1] for part in learned]
     return found
 
 

@@ -150,6 +150,11 @@ class Grid(ABC):
         """Parts that training may scale."""
         return ("scales",)
 
+    @property
+    def learned_beneath(self) -> tuple[str, ...]:
+        """Parts that may move beneath a real weight, which stays, but not with levels on them."""
+        return ()
+
     def bits_per_weight(self, rows: int, columns: int) -> float:
         """Stored bits, codes and parts, a weight."""
         stored = sum(part.bits * part.shape[0] * part.shape[1] for part in self.parts(rows, columns).values())

@@ -20,7 +20,7 @@ from torch import Tensor
 from lrqat.errors import LrqatError
 from lrqat.grid import Affine, EvenGrid, Part, Parts
 from lrqat.grids import search
-from lrqat.grids.wire import MAX_SCALE, to_fp16, to_wire
+from lrqat.grids.wire import MAX_SCALE, to_fp16, to_integer, to_wire
 
 ZEROS = {"midpoint": "", "integer": "-asym", "minimum": "-min"}  # with the ending of their spelling
 GGML = {  # affine block types of ggml, by their own names
@@ -116,8 +116,13 @@ class AffineGrid(EvenGrid):
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """Scales and minimums; an integer zero that moved would shift its whole group by a step."""
+        """Scales and minimums."""
         return ("scales", "minimums") if self.zero == "minimum" else ("scales",)
+
+    @property
+    def learned_beneath(self) -> tuple[str, ...]:
+        """Integer zeros: one that moved would shift levels of its group by a step."""
+        return ("zeros",) if self.zero == "integer" else ()
 
     def affine(self, parts: Parts) -> Affine:
         """(s, nothing), (s, -s * z) or (s, m)."""
@@ -146,12 +151,15 @@ class AffineGrid(EvenGrid):
         return {"scales": s.view(rows, -1), "zeros": (-m / s).round_().view(rows, -1)}
 
     def learn(self, start: Parts, gains: Parts) -> dict[str, Tensor]:
-        """wire(s0 * gain); a minimum moves by s0 * (gain - 1), in steps as a scale's relative change is."""
+        """wire(s0 * gain); a minimum or zero moves by gain - 1 of the levels up to the middle one."""
         parts = dict(start)
         if "scales" in gains:
             parts["scales"] = self.wire(start["scales"] * gains["scales"])
         if "minimums" in gains:
             parts["minimums"] = to_fp16(start["minimums"] + start["scales"] * (gains["minimums"] - 1) * self.midpoint)
+        if "zeros" in gains:
+            zeros = start["zeros"].float() + (gains["zeros"] - 1) * self.midpoint
+            parts["zeros"] = to_integer(zeros, 0, self.codes - 1)
         return parts
 
     def scaled(self, parts: Parts, share: float) -> dict[str, Tensor]:

@@ -39,9 +39,13 @@ class GainQuantizer(WeightQuantizer):
         self.start = nn.Module()
         for name, part in start.items():
             self.start.register_buffer(name, part, persistent=False)
-        self.gains = nn.ParameterDict(
-            {name: nn.Parameter(torch.ones_like(start[name])) for name in grid.learned if learn}
-        )
+        ones = {name: torch.ones_like(start[name], dtype=torch.float32) for name in self.trains(grid) if learn}
+        self.gains = nn.ParameterDict({name: nn.Parameter(one) for name, one in ones.items()})
+
+    @classmethod
+    def trains(cls, grid: Grid) -> tuple[str, ...]:
+        """Names of the parts that gains are trained on."""
+        return grid.learned
 
     def parts(self) -> dict[str, Tensor]:
         """wire(start * gain)."""
@@ -72,6 +76,11 @@ class GainQuantizer(WeightQuantizer):
 
 class WeightDomain(GainQuantizer):
     """A quantizer of real weights W, the one piece, whatever they are made of."""
+
+    @classmethod
+    def trains(cls, grid: Grid) -> tuple[str, ...]:
+        """Integer zeros too."""
+        return (*grid.learned, *grid.learned_beneath)
 
     @staticmethod
     def latent_of(grid: Grid, pieces: Pieces, affine: Affine) -> Tensor:

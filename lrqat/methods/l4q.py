@@ -6,10 +6,10 @@
     dW, ds, dm as in `lrqat.methods.gains`, x inside where qn <= x <= qp
 
 The clip comes before the rounding, so gradients end at the outermost levels, half a step before LSQ's and LR-QAT's.
-W is recomputed in backward. The paper's offset is real: grids "-min" have it, others train s alone (where m follows s:
-m = -s z). Theirs is the middle level, m the lowest, so a step of s moves other levels here than there. A is Kaiming and
-B zero, as in LoRA. LR-QAT differs in what is frozen, too: it is divided by the *initial* s, so a moving s moves W0
-along; here W0 stays, and s moves the grid below it.
+W is recomputed in backward. The paper's offset is real, and grids "-min" have it; of "-asym" it is -s z with an
+integer z, and symmetric grids have none. It is that of the middle level there, here of the lowest, so a step of s
+moves other levels. A is Kaiming and B zero, as in LoRA. LR-QAT differs in what is frozen, too: it is divided by the
+*initial* s, so a moving s moves W0 along; here W0 stays, and s moves the grid below it.
 """
 
 from __future__ import annotations

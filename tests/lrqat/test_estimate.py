@@ -26,7 +26,7 @@ WITHIN = 0.1  # of the measured figure: what issue 5 asks for
     [
         {},
         {"downcast": "int", "grid": "w4g64-asym", "override": ("down_proj=w8", "embed_tokens=w4g32")},
-        {"method": "lsq", "grid": "w3"},
+        {"method": "lsq", "grid": "w3-asym"},
         {"method": "l4q", "skip": ("o_proj",)},
         {"method": "scales", "grid": "w4g32-min", "loss": "ce"},
         {"grid": "q4_k", "dtype": "float32", "lr_scales": 0.0},

@@ -169,6 +169,19 @@ def test_one_tensor_of_the_weights_size_is_held_and_by_lsq_the_codes_it_began_wi
     assert [t.nbytes for t in held] == [each * ROWS * COLUMNS for each in nbytes]
 
 
+def test_integer_zeros_move_beneath_weights_and_not_beneath_codes() -> None:
+    assert "zeros" not in make("scales", "w2g64-asym").gains
+    for method in ("lsq", "l4q"):
+        quantizer = make(method, "w2g64-asym")
+        before = quantizer.parts()["zeros"].clone()
+        quantizer.gains["zeros"].data += 0.4  # of the two levels below the middle: .8 of a step
+        after = quantizer.parts()["zeros"]
+        assert torch.equal(after, (before + 1).clamp(max=3)) and not torch.equal(after, before)
+        fused = quantizer.fuse()
+        assert torch.equal(fused.parts["zeros"].float(), after)
+        assert torch.equal(fused.codes_OI, quantizer.fuse().codes_OI)
+
+
 def test_l4q_keeps_the_pretrained_weight_itself() -> None:
     weight_OI = weight().bfloat16()
     parts = start(weight_OI, Grid.parse("w4g32"), None)
