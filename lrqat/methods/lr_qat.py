@@ -12,7 +12,8 @@ straight-through estimator (nearest' = 1 inside the range, 0 outside) gives
     dL/du = dL/dW * s * [u inside],   dA = (alpha/r) dL/du B^T,   dB = (alpha/r) A^T dL/du,
     ds    = sum over the group of dL/dW * level,   dm = sum of dL/dW         (Phi0 is frozen at s0, m0)
 
-Parts are trained by gains (`lrqat.methods.gains`).
+Parts are trained by gains (`lrqat.methods.gains`). The authors' code draws the factor of the inputs (B here, with the
+inputs' fan) and begins that of the outputs at zero; drawn as here the same steps end nearer (docs/log.md).
 
 Unlike in the paper's eq. 7, the fixed point never leaves its code: rounding W0/s0 to a fraction first and to a code
 later would move codes near .5, and training would start beside its own start. Where that would happen, the fraction
