@@ -345,6 +345,7 @@ def test_the_plan_that_comes_with_it_is_sound() -> None:
     path = Path(__file__).resolve().parent.parent / "benchmarks" / "quality.yaml"
     found = plan.read(path, Path("."))
     plan.check(found, ["text.txt"])
+    assert len(found) == 24 and len({row.label for row in found}) == 24
     assert {row.grid for row in found if row.name == "lrqat blocks"} == {"w4g32", "w4", "w3g64", "w3", "w2g64"}
 
 

@@ -101,13 +101,23 @@ def read(path: Path, out: Path, only: str = "") -> list[Row]:
     ]
     if twice := [label for label, count in Counter(row.label for row in rows).items() if count > 1]:
         raise LrqatError(f"{path}: {twice[0]} is there twice; give one of them another name")
+    kept = set(chosen([row.label for row in rows], only, f"{path}: none of {len(rows)} rows"))
+    return [with_cost(row) if row.peer else row for row in rows if row.label in kept]
+
+
+def chosen(labels: Sequence[str], only: str, none: str) -> list[str]:
+    """The labels that `only` is found in.
+
+    Raises:
+        LrqatError: it is no regular expression, or found in none of them, of which `none` is the beginning.
+    """
     try:
-        kept = [row for row in rows if re.search(only, row.label)]
+        found = [label for label in labels if re.search(only, label)]
     except re.error as error:
         raise LrqatError(f"--only {only}: no regular expression ({error})") from None
-    if not kept:
-        raise LrqatError(f"{path}: none of {len(rows)} rows has {only!r} in its label, as {rows[0].label}")
-    return [with_cost(row) if row.peer else row for row in kept]
+    if not found:
+        raise LrqatError(f"{none} has {only!r} in its label{f', as {labels[0]}' if labels else ''}")
+    return found
 
 
 def expand(said: dict[str, Any], common: dict[str, Any], out: Path, where: str) -> Iterator[Row]:

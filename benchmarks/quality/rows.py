@@ -14,7 +14,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -33,7 +32,7 @@ from typing import Any
 import yaml
 
 import lrqat
-from benchmarks.quality.plan import Row
+from benchmarks.quality.plan import Row, chosen
 from lrqat.console import log
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, SafetensorsDirectory
@@ -255,7 +254,7 @@ def run(bench: Bench, planned: Sequence[Row], text: Text, hands: Hands) -> Done:
 
 def test(bench: Bench, text: Text, hands: Hands, only: str) -> Done:
     """All results that have no figures on the test text get them."""
-    labels = chosen(bench, only)
+    labels = finished(bench, only)
     ledger = bench.out / "tested.json"
     tested: dict[str, Any] = read_json(ledger) if ledger.is_file() else {}
     for label in [REFERENCE, *labels]:
@@ -279,27 +278,17 @@ def test(bench: Bench, text: Text, hands: Hands, only: str) -> Done:
         return in_turn({label: partial(score, bench, label, text, children) for label in labels}, hands.jobs, children)
 
 
-def chosen(bench: Bench, only: str) -> list[str]:
-    """Labels of the finished rows that have `only` in them.
-
-    Raises:
-        LrqatError: no regular expression, or none of them has it.
-    """
+def finished(bench: Bench, only: str) -> list[str]:
+    """Labels of the rows that have a result, the full-precision model's apart; refuses an `only` that none has."""
     labels = [label for label in bench.results() if label != REFERENCE]
-    try:
-        found = [label for label in labels if re.search(only, label)]
-    except re.error as error:
-        raise LrqatError(f"--only {only}: no regular expression ({error})") from None
-    if not found:
-        raise LrqatError(f"--only {only!r}: none of {len(labels)} finished rows has it in its label; see {bench.out}")
-    return found
+    return chosen(labels, only, f"{bench.out}: none of {len(labels)} finished rows")
 
 
 def zeroshot(bench: Bench, folder: Path, hands: Hands, only: str, limit: int | None = None) -> Done:
     """The full-precision model and all results chosen get `lrqat zeroshot`'s accuracies, unless they have them."""
-    identity: dict[str, Any] = {"sha256": sha256(sorted(folder.glob("*.*"))), "limit": limit}
+    identity: dict[str, Any] = {"sha256": sha256(sorted(filter(Path.is_file, folder.iterdir()))), "limit": limit}
     words = ["--tasks-dir", folder.resolve(), "--json", *(() if limit is None else ("--limit", limit))]
-    labels = chosen(bench, only)
+    labels = finished(bench, only)
     for label in bench.results():
         found = read_json(bench.out / "rows" / label / "result.json").get("zeroshot")
         if found is not None and any(found[key] != value for key, value in identity.items()):

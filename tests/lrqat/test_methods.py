@@ -195,7 +195,7 @@ def test_lsq_trains_a_float32_copy(dtype: torch.dtype) -> None:
     weight_OI = weight().to(dtype)
     quantizer = LSQ(weight_OI, start(weight_OI, Grid.parse("w4"), None), Grid.parse("w4"), learn_scales=False)
     quantizer(torch.ones(2, COLUMNS, dtype=dtype), None).sum().backward()
-    assert quantizer.weight_OI.grad is not None and quantizer.weight_OI.dtype == torch.float32
+    assert quantizer.weight_OI.grad is not None and quantizer.weight_OI.grad.dtype == torch.float32
     assert quantizer.weight_OI.data_ptr() != weight_OI.data_ptr()
 
 
