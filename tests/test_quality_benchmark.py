@@ -20,6 +20,7 @@ import yaml
 
 from benchmarks.quality import plan, rows, table
 from benchmarks.quality.__main__ import main
+from benchmarks.quality.children import Children
 from benchmarks.quality.plots import apart
 from lrqat.errors import LrqatError
 from lrqat.evaluate import evaluate_files
@@ -211,7 +212,7 @@ def test_a_peer_costs_what_its_account_says(copy: Bench) -> None:
     write_json(peer / "cost.json", PEER)
     copy.write({"rows": [{"name": "Q3", "grid": "w3g32", "peer": "peers/other"}]})
     (row,) = plan.read(copy.plan, copy.out)
-    with rows.Bench.open(copy.out) as opened, rows.Children(1, opened.lock) as children:
+    with rows.Bench.open(copy.out) as opened, Children(1, opened.lock) as children:
         rows.obtain(opened, row, children)
     result = copy.result("w3g32-Q3")
     assert {key: result[key] for key in (*COST, "core_minutes", "tool")} == {
@@ -307,7 +308,7 @@ def test_a_row_that_fails_is_told_and_the_others_go_on(copy: Bench) -> None:
     def fail() -> None:
         raise LrqatError("no")
 
-    with rows.locked(copy.out) as lock, rows.Children(1, lock) as children:
+    with rows.locked(copy.out) as lock, Children(1, lock) as children:
         found = rows.in_turn({"bad": fail, "good": lambda: done.append(1)}, 1, children)
     assert found.failed == {"bad": "no"} and found.finished == 1 and done == [1]
 

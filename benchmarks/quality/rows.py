@@ -1,7 +1,7 @@
 """Do the rows of a plan: each command as a user would give it, one or more at a time, resumed where it was stopped.
 
-What a row costs is what the kernel says of its process (`wait4`): user and system seconds, most resident memory, summed
-over the attempts that it went on from. Scoring comes after and is not counted.
+What a row costs is what its process has used (`children`), summed over the attempts that it went on from. Scoring comes
+after and is not counted.
 
 A row whose settings have changed is run again, and its old result dropped: the plan is what its author wants, and a
 refusal would stop a night's work. Another model or other training text would drop every row: that is refused.
@@ -11,27 +11,23 @@ The version of lrqat is written down, not compared: remove a row's directory to 
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
 
 import lrqat
+from benchmarks.quality.children import Children, Stopped
 from benchmarks.quality.plan import Row, chosen
 from lrqat.console import log
 from lrqat.errors import LrqatError
@@ -40,7 +36,6 @@ from lrqat.hashing import sha256
 from lrqat.jsonfile import read_json, write_json
 
 REFERENCE = "reference"  # label of the full-precision model
-MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass(frozen=True)
@@ -84,10 +79,6 @@ class Done:
     finished: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     stopped: bool = False
-
-
-class Stopped(Exception):
-    """The user has stopped the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -146,94 +137,6 @@ def locked(out: Path) -> Iterator[int]:
         yield lock
     finally:
         os.close(lock)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A process that has ended."""
-
-    status: int
-    stdout: str
-    cost: dict[str, float]
-
-
-class Children:
-    """The processes at work. Ctrl-C or SIGTERM asks all of them to stop, once more makes them."""
-
-    def __init__(self, threads: int, lock: int) -> None:
-        self.threads = threads
-        self.lock = lock
-        self.stopping = False
-        self.alive: set[subprocess.Popen[str]] = set()
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Children:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self._stop)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        log("stopping; rows in training save a checkpoint first, and go on when the benchmark is run again")
-        self.stopping = True
-        for child in tuple(self.alive):
-            ask_to_stop(child)
-
-    def run(self, words: Sequence[object], log_file: Path) -> Ended:
-        """Run a command to its end; its stderr is added to a file.
-
-        Raises:
-            Stopped: before it was started.
-        """
-        if self.stopping:
-            raise Stopped
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        started = time.monotonic()
-        with open(log_file, "a") as errors:
-            print("$", *words, file=errors, flush=True)
-            child = subprocess.Popen(
-                [str(word) for word in words],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                pass_fds=(self.lock,),
-                start_new_session=True,  # a terminal's Ctrl-C comes to us alone, and is passed on once
-            )
-        self.alive.add(child)
-        if self.stopping:
-            ask_to_stop(child)
-        assert child.stdout is not None
-        with child.stdout:
-            stdout = child.stdout.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        self.alive.discard(child)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        cost = {
-            "seconds": time.monotonic() - started,
-            "cpu_seconds": usage.ru_utime + usage.ru_stime,
-            "peak_memory_gb": usage.ru_maxrss * MAXRSS_BYTES / 1e9,
-        }
-        return Ended(child.returncode, stdout, cost)
-
-    def answer(self, ended: Ended, log_file: Path) -> dict[str, Any]:
-        """The JSON object in a command's last line; what went wrong is one line."""
-        if ended.status:
-            if self.stopping:
-                raise Stopped
-            last = next((line for line in reversed(log_file.read_text().splitlines()) if line.strip()), "")
-            raise LrqatError(f"status {ended.status}: {last.removeprefix('error: ')} (see {log_file})")
-        found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-        return found
-
-
-def ask_to_stop(child: subprocess.Popen[str]) -> None:
-    """SIGTERM: a shell's background jobs ignore SIGINT, and so do their children. Popen's own would reap it."""
-    with suppress(ProcessLookupError):
-        os.kill(child.pid, signal.SIGTERM)
 
 
 def run(bench: Bench, planned: Sequence[Row], text: Text, hands: Hands) -> Done:
