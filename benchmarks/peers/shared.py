@@ -92,6 +92,19 @@ def core_minutes_left(budget: float) -> bool:
     return time.process_time() < 60 * budget
 
 
+def products(float32: bool) -> torch.autocast:
+    """What a trained peer computes its products under: bfloat16 autocast, unless float32 is asked for."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=not float32)
+
+
+def trained(arguments: argparse.ArgumentParser) -> None:
+    """The arguments of tools that train."""
+    arguments.add_argument("--core-minutes", type=float, default=60, help="processor time to train for (60)")
+    arguments.add_argument(
+        "--float32", action="store_true", help="no bfloat16 autocast: faster on a CPU without instructions for it"
+    )
+
+
 def parser(description: str, grid: str | None = "w4g32") -> argparse.ArgumentParser:
     """The arguments that every script takes; `grid` is the default one, None for a script that has other names."""
     made = argparse.ArgumentParser(description=description.partition("\n\n")[0])

@@ -3,7 +3,7 @@
 The loop and settings of NNCF's own examples: rank 256 (less where a layer is narrower), AdamW, learning rate 1e-4 and
 for scales a tenth of it, weight decay 1e-4, KL to the model's logits from cached hidden states, min-max start, batches
 of 32 x 1024 tokens. Embeddings and head stay as they are, as in every other row (NNCF's default is 8 bits); weights are
-float32 under bfloat16 autocast.
+float32 under bfloat16 autocast (--float32: none).
 4 bits only: NNCF 3.4.0 lists INT3_SYM and INT2_SYM, but not for FQ_LORA (KeyError in get_fq_insertion_command).
 
     python benchmarks/peers/with_nncf.py MODEL OUT --grid w4g64-asym --core-minutes 60 --text FILE...
@@ -19,7 +19,7 @@ from nncf.parameters import BackupMode, CompressionFormat, CompressWeightsMode, 
 from nncf.quantization.advanced_parameters import AdvancedCompressionParameters
 from nncf.torch.function_hook.wrapper import get_hook_storage
 from nncf.torch.quantization.layers import AsymmetricLoraQuantizer, SymmetricLoraQuantizer
-from shared import Cost, Grid, blocks, core_minutes_left, finish, fresh, parser
+from shared import Cost, Grid, blocks, core_minutes_left, finish, fresh, parser, products, trained
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,7 +36,7 @@ def inputs(ids_BT: Tensor) -> dict[str, Tensor]:
 def main() -> None:
     """Start, train, absorb the adapters, and write the weights."""
     arguments = parser(__doc__ or "", grid="w4g64-asym")
-    arguments.add_argument("--core-minutes", type=float, default=60, help="processor time to train for (60)")
+    trained(arguments)
     arguments.add_argument("--samples", type=int, default=1024, help="training blocks (1024)")
     arguments.add_argument("--seq-len", type=int, default=1024, help="tokens of each (1024)")
     arguments.add_argument("--batch", type=int, default=32, help="blocks a step, one forward pass each (32)")
@@ -49,8 +49,9 @@ def main() -> None:
     ids = blocks(AutoTokenizer.from_pretrained(args.model), args.text, args.samples, args.seq_len)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     model.config.use_cache = False
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        hidden = [model.model(**inputs(row[None])).last_hidden_state.bfloat16() for row in ids]
+    kept = torch.float32 if args.float32 else torch.bfloat16
+    with torch.no_grad(), products(args.float32):
+        hidden = [model.model(**inputs(row[None])).last_hidden_state.to(kept) for row in ids]
 
     example = inputs(ids[:1, :8])
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
@@ -79,7 +80,7 @@ def main() -> None:
     order, steps = torch.Generator().manual_seed(0), 0
     while core_minutes_left(args.core_minutes):
         for index in torch.randint(len(ids), (args.batch,), generator=order).tolist():
-            with torch.autocast("cpu", torch.bfloat16):
+            with products(args.float32):
                 with torch.no_grad():
                     wanted = model.lm_head(hidden[index])
                 logits = model(**inputs(ids[index][None])).logits

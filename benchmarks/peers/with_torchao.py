@@ -1,8 +1,8 @@
 """torchao QAT: every weight trained through fake quantization, with cross-entropy; then converted by torchao.
 
 torchao has no trainer: this is the loop its documentation shows, with the settings of torchtune's QAT recipe (AdamW,
-learning rate 2e-5, constant; 2 sequences a step), float32 weights and bfloat16 autocast. Scales are min-max, as
-IntxWeightOnlyConfig takes them.
+learning rate 2e-5, constant; 2 sequences a step), float32 weights and bfloat16 autocast (--float32:
+none). Scales are min-max, as IntxWeightOnlyConfig takes them.
 
     python benchmarks/peers/with_torchao.py MODEL OUT --grid w4g32 --core-minutes 60 --text FILE...
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 import torch
-from shared import Cost, Grid, blocks, core_minutes_left, finish, fresh, parser
+from shared import Cost, Grid, blocks, core_minutes_left, finish, fresh, parser, products, trained
 from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
 from torchao.quantization.granularity import Granularity
 from torchao.quantization.qat import QATConfig
@@ -24,7 +24,7 @@ SAMPLES = 1024  # blocks of 512: most of the comparison's training text
 def main() -> None:
     """Train, convert, and write what was converted."""
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--core-minutes", type=float, default=60, help="processor time to train for (60)")
+    trained(arguments)
     arguments.add_argument("--samples", type=int, default=SAMPLES, help=f"training blocks ({SAMPLES})")
     arguments.add_argument("--seq-len", type=int, default=512, help="tokens of each (512)")
     arguments.add_argument("--batch", type=int, default=2, help="blocks a step (2)")
@@ -47,7 +47,7 @@ def main() -> None:
     order, steps = torch.Generator().manual_seed(0), 0
     while core_minutes_left(args.core_minutes):
         batch = ids[torch.randint(len(ids), (args.batch,), generator=order)]
-        with torch.autocast("cpu", torch.bfloat16):
+        with products(args.float32):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
