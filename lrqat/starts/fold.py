@@ -70,7 +70,9 @@ class LlamaLayer:
 @torch.no_grad()
 def check_norm(norm: Any, name: str) -> None:
     """Refuse a norm that does more than multiply by its weight, or that takes the mean off."""
-    weight_I = norm.weight
+    weight_I = getattr(norm, "weight", None)
+    if weight_I is None:
+        raise LrqatError(f"{name}: {type(norm).__name__} has no weight; nothing folds into it")
     x_I = torch.linspace(1, 2, len(weight_I), device=weight_I.device, dtype=weight_I.dtype)
     saved_I = weight_I.clone()
     try:

@@ -151,6 +151,26 @@ def test_values_shared_by_heads_share_their_scales() -> None:
     assert source_I.tolist() == [*range(16), *range(16), *range(16, 32), *range(16, 32)]
 
 
+def test_a_model_that_a_rotation_would_change_is_refused() -> None:
+    # BitNet's modules have llama's names, and norms behind attention and in the MLP that no name tells of.
+    from transformers import BitNetConfig, BitNetForCausalLM
+
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = BitNetForCausalLM(BitNetConfig(**sizes, **heads, **ids, tie_word_embeddings=False)).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.uniform_(0.3, 3.0)
+    with pytest.raises(LrqatError, match="changed its logits by"):
+        rotate(model, 0)
+
+
+def test_a_norm_without_a_weight_is_refused() -> None:
+    with pytest.raises(LrqatError, match="has no weight"):
+        check_norm(nn.RMSNorm(8, elementwise_affine=False), "norm")
+
+
 def test_layers_of_another_kind_are_refused() -> None:
     from transformers import Gemma2Config, GPT2Config, GPT2LMHeadModel
     from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RMSNorm
