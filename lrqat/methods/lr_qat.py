@@ -79,7 +79,6 @@ class LRQAT(GainQuantizer):
         nn.init.kaiming_uniform_(a_OR, a=5**0.5, generator=generator)
         self.a_OR = nn.Parameter(a_OR.to(weight_OI.device))
         self.b_RI = nn.Parameter(torch.zeros(rank, columns, device=weight_OI.device))
-        self.begun: tuple[Tensor, Tensor] | None = None  # A0 and B0, if A0 B0 is not 0
 
     def _store(self, weight_OI: Tensor, affine: Affine) -> Tensor:
         """phi((W0 - m0) / s0), tile by tile."""
@@ -134,12 +133,8 @@ class LRQAT(GainQuantizer):
         return self.latent_of(self.grid, (phi_KI, torch.zeros(phi_KI.shape, device=phi_KI.device)), self.affine())
 
     def started(self, rows: slice) -> Tensor:
-        """nearest(Phi0), or nearest(Phi0 + (alpha/r) A0 B0) where adapters did not begin at zero."""
-        if self.begun is None:
-            return self.grid.nearest(self.frozen(rows))
-        a_OR, b_RI = self.begun
-        pieces = self._phi(rows), torch.mm(a_OR[rows] * self.multiplier, b_RI)
-        return self.grid.nearest(self.latent_of(self.grid, pieces, self.affine()))
+        """nearest(Phi0): LoftQ's adapters move no code."""
+        return self.grid.nearest(self.frozen(rows))
 
     def large(self) -> dict[str, nn.Parameter]:
         """A and B."""

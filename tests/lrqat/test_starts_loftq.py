@@ -12,6 +12,8 @@ from lrqat.errors import LrqatError
 from lrqat.grid import Grid, to_latent
 from lrqat.methods.lr_qat import LRQAT
 from lrqat.ranges import start
+from lrqat.starts.codes import start_from
+from lrqat.starts.gptq import gptq
 from lrqat.starts.loftq import loftq, truncated_svd
 
 ROWS, COLUMNS = 48, 256
@@ -35,30 +37,40 @@ def distance(quantizer: LRQAT) -> float:
 
 
 @pytest.mark.parametrize("spelling", ["w2g32", "w3g32", "w3g32-min", "w4", "tq2_0", "q2_k"])
-def test_latents_begin_nearer_to_the_weights_and_no_turn_makes_it_worse(spelling: str) -> None:
+def test_latents_begin_nearer_to_the_weights(spelling: str) -> None:
     quantizer = make(spelling, 16)
     before = distance(quantizer)
-    errors = loftq(quantizer, weight(), torch.Generator().manual_seed(0))
-    assert errors == sorted(errors, reverse=True)
-    assert distance(quantizer) == pytest.approx(errors[-1], rel=1e-4)
-    assert distance(quantizer) < 0.8 * before
-
-
-@pytest.mark.parametrize("spelling", ["w2g32", "w3g32-min", "w4", "q2_k"])
-def test_no_code_has_moved_before_training(spelling: str) -> None:
-    quantizer = make(spelling, 16)
     loftq(quantizer, weight(), torch.Generator().manual_seed(0))
+    assert distance(quantizer) < 0.9 * before
+
+
+@pytest.mark.parametrize("spelling", ["w2g32", "w3g32-min", "w4", "tq2_0", "q2_k"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_training_begins_at_the_very_codes_of_its_start(spelling: str, calibrated: bool) -> None:
+    quantizer, own_OI = make(spelling, 16), weight()
+    if calibrated:
+        inputs_TI = torch.randn(512, COLUMNS, generator=torch.Generator().manual_seed(2)).cumsum(1)
+        begun = gptq(own_OI, inputs_TI.T @ inputs_TI / 512, quantizer.grid, 2.0)
+        own_OI, parts = start_from(own_OI, begun)
+        generator = torch.Generator().manual_seed(0)
+        quantizer = LRQAT(
+            own_OI, parts, begun.grid, rank=16, alpha=3.0, downcast="int", learn_scales=True, generator=generator
+        )
+        assert torch.equal(quantizer.fuse().codes_OI, begun.codes_OI)
+    codes_OI = quantizer.fuse().codes_OI
+    loftq(quantizer, own_OI, torch.Generator().manual_seed(0))
+    assert torch.equal(quantizer.fuse().codes_OI, codes_OI)
     assert quantizer.moved() == 0
     quantizer.a_OR.data += torch.randn(quantizer.a_OR.shape, generator=torch.Generator().manual_seed(1))
     assert quantizer.moved() > 0
 
 
-def test_full_rank_begins_at_the_weights_themselves() -> None:
+def test_full_rank_begins_as_near_to_the_weights_as_their_codes_allow() -> None:
+    # A row has a weight near the edge of its cell, and is shrunk once: a tenth of what is missing is left.
     quantizer = make("w3g32", ROWS)
-    plain = quantizer.fuse()
+    before = distance(quantizer)
     loftq(quantizer, weight(), torch.Generator().manual_seed(0))
-    assert distance(quantizer) < 1e-5
-    assert (quantizer.fuse().codes_OI == plain.codes_OI).float().mean() > 0.999  # latents within 1e-5 of .5 may move
+    assert distance(quantizer) < 0.11 * before
 
 
 def test_more_rank_begins_nearer() -> None:
