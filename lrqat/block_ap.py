@@ -9,9 +9,9 @@ The paper trains all weights and the grid (method `LSQ`) and calls what follows 
 end to end (method `Scales`: pass `finish=frozen_codes`). Here the method is any: with `LRQAT`, layers begin with
 adapters that have learnt their layer's output, before they are trained end to end.
 
-Memory: the model, what the method needs for *one* layer with its gradients and Adam's moments, and three sets of
-hidden states [N, T, H]. Each finished layer is a file, so an interrupted run goes on behind the last one; where all are
-finished, no state is computed.
+Memory: the model, what the method needs for *one* layer with its gradients and Adam's moments, and two sets of
+hidden states [N, T, H], x and y. Each finished layer is a file, so an interrupted run goes on behind the last; where
+all are finished, no state is computed.
 """
 
 from __future__ import annotations
@@ -101,14 +101,15 @@ def block_ap(
     done = [path is not None and path.is_file() for path in paths]
     walk = None if all(done) else Walk(model, blocks_NT)
     if walk:
-        teacher_NTH = student_NTH = walk.states_NTH
+        student_NTH = walk.begin()
+        teacher_NTH = student_NTH.clone()
     generator = torch.Generator().manual_seed(settings.seed)
     errors = []
     for number in bar(range(len(layers)), "block-ap"):
         order = [torch.randperm(len(blocks_NT), generator=generator) for _ in range(settings.epochs)]
         path, layer = paths[number], layers[number]
         if walk:
-            teacher_NTH = walk.run(number, teacher_NTH)
+            walk.run(number, teacher_NTH, teacher_NTH)
             if prepare and not done[number]:
                 prepare(walk, number, student_NTH)
         swap(model, inside(plan, f"{prefix}.{number}."), make)
@@ -122,7 +123,7 @@ def block_ap(
             errors.append(load_layer(layer, path, key))
         layer.requires_grad_(False)
         if walk:
-            student_NTH = walk.run(number, student_NTH)
+            walk.run(number, student_NTH, student_NTH)
             if not done[number]:
                 errors.append(relative_error(student_NTH, teacher_NTH))
                 if path:

@@ -33,7 +33,8 @@ from lrqat.starts.walk import Walk
 
 STEPS = 20
 SAMPLES = 1024  # tokens whose outputs are compared
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}  # of a folded layer, relative
+SEED = 0  # that they are drawn with
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of a folded layer, |error| / |token|
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def awq_fold(model: Any, plan: Plan, blocks_NT: Tensor, p: float | None) -> dict
     layers = [LlamaLayer(layer, f"{walk.name}.{number}") for number, layer in enumerate(walk.layers)]
     grids = {model.get_submodule(path): grid for path, grid in planned_modules(plan).items()}
     names = {module: name for name, module in model.named_modules()}
-    states_NTH, chosen = walk.states_NTH, {}
+    states_NTH, chosen = walk.begin(), {}
     for number in bar(range(len(layers)), "awq"):
         places = layers[number].folds()
         inputs = reader_inputs(walk, number, states_NTH, [readers[0] for _, readers, _ in places])
@@ -65,8 +66,9 @@ def awq_fold(model: Any, plan: Plan, blocks_NT: Tensor, p: float | None) -> dict
                 alpha, t_V = search(quantized, x_SI, size_I, source_I, len(before.weight), p)
                 fold(before, readers, t_V, source_I)
                 chosen[names[before]] = alpha
-        off = (walk.run(number, states_NTH[:1]) - after_NTH[:1]).float().abs().max()
-        if off > TOLERANCE[after_NTH.dtype] * after_NTH[:1].float().abs().max():
+        before_TH, found_TH = after_NTH[0].float(), walk.run(number, states_NTH[:1])[0].float()
+        off_T = (found_TH - before_TH).norm(dim=1) / before_TH.norm(dim=1)  # an attention sink's size hides the others
+        if not off_T.max() < TOLERANCE[after_NTH.dtype]:
             raise LrqatError(f"{walk.name}.{number}: scales changed its output; AWQ does not know this layer")
         states_NTH = after_NTH
     return chosen
@@ -80,14 +82,16 @@ def planned_modules(plan: Plan) -> dict[str, Grid]:
 
 def reader_inputs(walk: Walk, number: int, states_NTH: Tensor, readers: list[nn.Linear]) -> list[tuple[Tensor, Tensor]]:
     """Of each linear layer: inputs of some SAMPLES tokens [S, I], and the mean size of each input [I], float32."""
-    every = max(1, states_NTH.shape[0] * states_NTH.shape[1] // SAMPLES)
+    count, length = states_NTH.shape[:2]
+    drawn = torch.randperm(count * length, generator=torch.Generator().manual_seed(SEED))[:SAMPLES]
+    taken_N = [drawn[drawn // length == block] % length for block in range(count)]
     samples: list[list[Tensor]] = [[] for _ in readers]
     sizes = [torch.zeros(reader.in_features, device=reader.weight.device) for reader in readers]
 
     def hook(place: int) -> Any:
         def add(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             x_TI = arguments[0].flatten(0, -2).float()
-            samples[place].append(x_TI[::every].clone())
+            samples[place].append(x_TI[taken_N[len(samples[place])].to(x_TI.device)])
             sizes[place] += x_TI.abs().mean(0) / len(states_NTH)
 
         return add

@@ -2,9 +2,9 @@
 
     h_0 = what reaches the first layer;   h_{k+1} = layer_k(h_k)
 
-Held are the hidden states of all blocks in front of one layer, [N, T, H] in the model's dtype. What a layer is called
-with besides (positions, masks) is recorded once, in a run of one block through the whole model; it must not depend on
-the tokens, which is checked on a second block.
+The hidden states of all blocks in front of one layer, [N, T, H] in the model's dtype, are the caller's to keep. What a
+layer is called with besides (positions, masks) is recorded once, in a run of one block through the whole model; it must
+not depend on the tokens, which is checked on a second block.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Walk:
     Attributes:
         name: of the list of layers.
         layers: the decoder layers.
-        states_NTH: in front of the first layer.
     """
 
     @torch.no_grad()
     def __init__(self, model: Any, blocks_NT: Tensor) -> None:
         self.name, self.layers = decoder_layers(model)
+        self.model, self.blocks_NT = model, blocks_NT
         self.device = next(model.parameters()).device
         self.calls = _calls(model, self.layers, blocks_NT[:1].to(self.device))
         for first, second in zip(self.calls, _calls(model, self.layers, blocks_NT[1:2].to(self.device)), strict=False):
@@ -50,9 +50,13 @@ class Walk:
                     f"{type(model).__name__}: its layers see more than hidden states and positions; "
                     "use a start without calibration"
                 )
-        self.states_NTH = torch.cat([self._first(model, block_T[None].to(self.device)) for block_T in blocks_NT])
 
-    def _first(self, model: Any, block_1T: Tensor) -> Tensor:
+    @torch.no_grad()
+    def begin(self) -> Tensor:
+        """All blocks in front of the first layer."""
+        return torch.cat([self._first(block_T[None].to(self.device)) for block_T in self.blocks_NT])
+
+    def _first(self, block_1T: Tensor) -> Tensor:
         found = []
 
         def stop(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -61,7 +65,7 @@ class Walk:
 
         handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            model.base_model(block_1T, use_cache=False)
+            self.model.base_model(block_1T, use_cache=False)
         except _Reached:
             pass
         finally:
@@ -77,9 +81,12 @@ class Walk:
         return found
 
     @torch.no_grad()
-    def run(self, number: int, states_NTH: Tensor) -> Tensor:
-        """Layer `number` on all blocks, one at a time."""
-        return torch.cat([self.call(number, state_TH[None]) for state_TH in states_NTH])
+    def run(self, number: int, states_NTH: Tensor, into_NTH: Tensor | None = None) -> Tensor:
+        """Layer `number` on all blocks, one at a time; `into_NTH` may be the states themselves."""
+        found_NTH = torch.empty_like(states_NTH) if into_NTH is None else into_NTH
+        for block, state_TH in enumerate(states_NTH):
+            found_NTH[block] = self.call(number, state_TH[None])[0]
+        return found_NTH
 
 
 @torch.no_grad()

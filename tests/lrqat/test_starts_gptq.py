@@ -239,14 +239,14 @@ class TestModel:
     def test_layers_that_share_an_input_share_its_hessian(self, model: Any, texts: list[Tensor]) -> None:
         walk = Walk(model, texts[0][:2])
         paths = [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
-        found = input_hessians(walk, 0, walk.states_NTH, paths)
+        found = input_hessians(walk, 0, walk.begin(), paths)
         assert found[paths[0]] is found[paths[1]] and found[paths[0]].shape != found[paths[2]].shape
-        x_TI = model.model.layers[0].input_layernorm(walk.states_NTH).flatten(0, 1)
+        x_TI = model.model.layers[0].input_layernorm(walk.begin()).flatten(0, 1)
         assert torch.allclose(found[paths[0]], x_TI.T @ x_TI / len(x_TI), rtol=1e-4, atol=1e-4)
 
     def test_the_walk_goes_the_models_way(self, model: Any, texts: list[Tensor]) -> None:
         walk = Walk(model, texts[0][:3])
-        states_NTH = walk.states_NTH
+        states_NTH = walk.begin()
         for number in range(len(walk.layers)):
             states_NTH = walk.run(number, states_NTH)
         with torch.no_grad():
