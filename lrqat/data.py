@@ -1,6 +1,6 @@
 """Text to blocks of token ids.
 
-A source is a text file (one continuous text), a .jsonl file, or a dataset on the Hugging Face hub, spelled
+A source is a text file (one continuous text), a .jsonl or .ndjson file, or a dataset on the Hugging Face hub, spelled
 NAME[:CONFIG][@SPLIT]. Rows of the latter two hold one of
 
     {"text": ...}                                     plain text
@@ -24,6 +24,11 @@ from torch import Tensor
 
 from lrqat.errors import LrqatError
 
+OTHERS = {
+    ".json": "write one object a line into a .jsonl file",
+    ".csv": "write rows of text, messages, or prompt and response into a .jsonl file",
+    ".parquet": "name its folder on the hub, or write rows into a .jsonl file",
+}
 PIECE_CHARACTERS = 1 << 16  # tokenizers slow down on megabytes in one string
 
 
@@ -37,7 +42,7 @@ def default_texts() -> list[str]:
 def documents(source: str) -> Iterator[str | list[dict[str, str]]]:
     """Texts and conversations of one source."""
     path = Path(source).expanduser()
-    if path.suffix == ".jsonl" and path.is_file():
+    if path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file():
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -47,6 +52,8 @@ def documents(source: str) -> Iterator[str | list[dict[str, str]]]:
                         raise LrqatError(f"{source}:{number}: not JSON ({error})") from None
                     yield _document(row, f"{source}:{number}")
     elif path.is_file():
+        if (suffix := path.suffix.lower()) in OTHERS:
+            raise LrqatError(f"{source}: {suffix} is read neither as text nor as rows; {OTHERS[suffix]}")
         try:
             yield path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

@@ -22,7 +22,7 @@ from lrqat.console import bar, device, log
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, is_fused
-from lrqat.losses import body_and_head
+from lrqat.losses import Head, body_and_head, head_of
 from lrqat.models import fused_tokenizer, locate
 from lrqat.rounding import Rounding, rounded_model
 
@@ -147,6 +147,20 @@ def evaluate_files(
         log(f"{source}: {rounding}")
     model, tokenizer = load_any(source, getattr(torch, dtype), rounding)
     blocks_NT = blocks(texts, tokenizer, length, limit)
-    words = sum(len(tokenizer.decode(block).split()) for block in blocks_NT)
-    other = None if reference is None else load_any(reference, getattr(torch, dtype), Rounding())[0]
-    return replace(score(model, blocks_NT, other, words), activations=rounding.activations, kv=rounding.kv)
+    other = None
+    if reference is not None:
+        other, own = load_any(reference, getattr(torch, dtype), Rounding())
+        check_vocabulary(f"--reference {reference}", (own, head_of(other)), (tokenizer, head_of(model)))
+    found = score(model, blocks_NT, other, words_of(blocks_NT, tokenizer))
+    return replace(found, activations=rounding.activations, kv=rounding.kv)
+
+
+def words_of(blocks_NT: Tensor, tokenizer: Any) -> int:
+    """Words of what is predicted: of each block all but its first token."""
+    return sum(len(tokenizer.decode(block_T[1:]).split()) for block_T in blocks_NT)
+
+
+def check_vocabulary(what: str, other: tuple[Any, Head], own: tuple[Any, Head]) -> None:
+    """Refuse to compare distributions over other words: (tokenizer, head) of what is named and of the model."""
+    if other[0].get_vocab() != own[0].get_vocab() or len(other[1].weight_VH) != len(own[1].weight_VH):
+        raise LrqatError(f"{what}: has another vocabulary than the model; name a model of the same family")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lrqat.console import bar
 from lrqat.errors import LrqatError
-from lrqat.evaluate import hidden_states, load_any
+from lrqat.evaluate import check_vocabulary, hidden_states, load_any
 from lrqat.fused import read_json, write_json
 from lrqat.losses import Head, body_and_head
 from lrqat.safestream import tensor_bytes
@@ -75,8 +75,7 @@ def cache_named(
     """
     model, own = load_any(source, dtype)
     body, head = body_and_head(model)
-    if own.get_vocab() != tokenizer.get_vocab() or len(head.weight_VH) != len(student.weight_VH):
-        raise LrqatError(f"teacher {source}: has another vocabulary than the student; name a model of the same family")
+    check_vocabulary(f"teacher {source}", (own, head), (tokenizer, student))
     if head.cap != student.cap:
         raise LrqatError(f"teacher {source}: caps logits at {head.cap}, the student at {student.cap}; name another")
     weights = hashlib.sha256()

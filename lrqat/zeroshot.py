@@ -20,6 +20,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import sys
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,7 @@ TASKS: dict[str, dict[str, Any]] = {
 MAIN = {"piqa": "acc", "arc_easy": "acc", "hellaswag": "acc_norm", "lambada_openai": "acc"}  # what is averaged
 FILES = {"hellaswag": ("hellaswag.jsonl", "hellaswag_val_full.txt", "hellaswag_val_full.txt.bz2")}
 HELLASWAG_LINES = 6
+FRAGMENT = re.compile(r"(?<=[.!?] )[a-z][^.!?]*$")  # of a sentence, at the end
 INSTALL = "pip install 'lrqat[lm-eval]'"
 BOOTSTRAP = 1000  # of perplexity's standard error; accuracies have theirs in closed form
 SECONDS = 300  # that a server may take to answer
@@ -105,9 +107,14 @@ def six_lines(path: Path) -> list[dict[str, Any]]:
         content = bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()
         lines = content.decode("utf-8").strip("\n").split("\n")
         items = [lines[start : start + HELLASWAG_LINES] for start in range(0, len(lines), HELLASWAG_LINES)]
-        return [{"query": query, "choices": endings, "gold": int(gold)} for query, gold, *endings in items]
+        return [{"query": capitalized(query), "choices": ends, "gold": int(gold)} for query, gold, *ends in items]
     except (OSError, ValueError) as error:
         raise LrqatError(f"{path}: expected {HELLASWAG_LINES} lines an item ({error})") from None
+
+
+def capitalized(query: str) -> str:
+    """ "... on a roof. he" -> "... on a roof. He", as lm-eval's hellaswag does with what the endings go on from."""
+    return FRAGMENT.sub(lambda found: found[0].capitalize(), query)
 
 
 def make_tasks(wanted: Mapping[str, int | None], folder: Path) -> list[Any]:

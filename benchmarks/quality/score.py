@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lrqat.command import run
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
-from lrqat.evaluate import load_any, score
+from lrqat.evaluate import load_any, score, words_of
 from lrqat.jsonfile import read_json
 from lrqat.losses import body_and_head
 from lrqat.safestream import tensor_bytes
@@ -57,7 +57,6 @@ def figures(source: str, reference: str, text: str, seq_len: int, count: int, st
     blocks_NT = blocks([text], tokenizer, seq_len, count)
     if len(blocks_NT) < count:
         raise LrqatError(f"{text}: has {len(blocks_NT)} blocks of {seq_len} tokens, expected {count}; name fewer")
-    words = sum(len(tokenizer.decode(block).split()) for block in blocks_NT)
     key = f"{model_key} {hashlib.sha256(tensor_bytes(blocks_NT)).hexdigest()}"
     if source == reference:
         states.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +65,7 @@ def figures(source: str, reference: str, text: str, seq_len: int, count: int, st
     if (stamp := states.with_suffix(".json")).is_file() and read_json(stamp).get("key") == key:
         recall(other, blocks_NT, np.load(states, mmap_mode="r", allow_pickle=False))
     model = other if source == reference else load_any(source, torch.float32)[0]
-    return score(model, blocks_NT, other, words).to_dict()
+    return score(model, blocks_NT, other, words_of(blocks_NT, tokenizer)).to_dict()
 
 
 def main() -> int:

@@ -80,6 +80,19 @@ def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
             list(documents(str(tmp_path / name)))
 
 
+@pytest.mark.parametrize("name", ["alpaca.json", "Rows.JSON", "rows.csv", "rows.parquet"])
+def test_rows_in_another_format_are_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('[{"instruction": "a", "output": "b"}]')
+    with pytest.raises(LrqatError, match=r"^[^\n]*is read neither as text nor as rows; [^\n]*\.jsonl[^\n]*$"):
+        list(documents(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.ndjson"])
+def test_other_spellings_of_jsonl_are_rows(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "a row"}\n')
+    assert list(documents(str(tmp_path / name))) == ["a row"]
+
+
 @pytest.mark.parametrize("source", ["missing.txt", "no/such/file.jsonl", "no/such/folder/", "/none/at/all"])
 def test_a_missing_source_is_one_line(source: str) -> None:
     with pytest.raises(LrqatError, match=r"^[^\n]*no such file[^\n]*$"):

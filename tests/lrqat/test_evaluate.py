@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lrqat import evaluate
 from lrqat.cli import main
-from lrqat.evaluate import evaluate_files, score
+from lrqat.evaluate import evaluate_files, score, words_of
 
 FLOAT32 = 1e-5  # float32 logits and log-softmax, summed in float64
 
@@ -92,6 +92,22 @@ def test_the_command_takes_a_run_for_the_checkpoint_it_holds(
     main(["ptq", str(tiny_model_dir), "--grid", "w4g32", "--out", str(tmp_path / "rtn")])
     assert main(["eval", str(tmp_path / "rtn"), "--text", str(text), "--seq-len", "32"]) == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_a_reference_of_other_words_is_one_line(
+    tiny_model_dir: Path, trained_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("words " * 50)
+    arguments = ["--text", str(tmp_path / "a.txt"), "--seq-len", "16", "--reference", str(trained_model_dir)]
+    assert main(["eval", str(tiny_model_dir), *arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "another vocabulary" in errors[0]
+
+
+def test_words_are_those_of_the_predicted_tokens(tiny_tokenizer: Any) -> None:
+    ids = tiny_tokenizer("one two three")["input_ids"]
+    alone = len(tiny_tokenizer.decode(ids[1:]).split())
+    assert words_of(torch.tensor([ids, ids]), tiny_tokenizer) == 2 * alone
 
 
 @pytest.mark.parametrize("arguments", [["--seq-len", "1"], ["--seq-len", "0"], ["--blocks", "0"], ["--blocks", "-1"]])

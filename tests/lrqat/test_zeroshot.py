@@ -15,7 +15,7 @@ import torch
 from lrqat import zeroshot
 from lrqat.cli import main
 from lrqat.errors import LrqatError
-from lrqat.zeroshot import average, parse_tasks, rows_of
+from lrqat.zeroshot import average, capitalized, parse_tasks, rows_of
 
 FLOAT32 = 1e-4  # nats; sums of float32 log-probabilities, padded or not
 ROWS = [
@@ -64,6 +64,19 @@ def test_a_file_that_is_none_of_a_task_is_one_line(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LrqatError, match=rf"^[^\n]*{named}[^\n]*$"):
         rows_of(task, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("query", "asked"),
+    [
+        ("Roofs: A man is sitting on a roof. he", "Roofs: A man is sitting on a roof. He"),
+        ("Jerk: She grabs the pole. the lady in Red", "Jerk: She grabs the pole. The lady in red"),  # str.capitalize
+        ("Rings: He can take it off.", "Rings: He can take it off."),
+        ("Cake: a fragment without a sentence", "Cake: a fragment without a sentence"),
+    ],
+)
+def test_hellaswags_endings_go_on_from_a_capital_as_in_lm_eval(query: str, asked: str) -> None:
+    assert capitalized(query) == asked
 
 
 @pytest.mark.parametrize("words", [["boolq"], ["piqa:0"], ["piqa:x"], ["piqa", "piqa:3"]])
