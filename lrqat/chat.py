@@ -21,22 +21,17 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from lrqat.data import cut, documents, needs_template
+from lrqat.data import documents, endless, needs_template
 from lrqat.errors import LrqatError
 from lrqat.models import first_line
+from lrqat.packing import Marked, Packed, pack
 
 GENERATION = re.compile(r"\{%-?\s*generation\b")
 Conversation = list[dict[str, str]]
 
 
-def answer_blocks(
-    sources: Sequence[str], tokenizer: Any, length: int, enough: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The sources' conversations in blocks, and which tokens are answers: int64 and bool [N, length].
-
-    Conversations are packed as texts are. A block that has no answer to predict is left out.
+def answer_blocks(sources: Sequence[str], tokenizer: Any, length: int, enough: int | None = None) -> Packed:
+    """The sources' conversations, packed whole (`lrqat.packing`); no block is without an answer.
 
     Args:
         sources: files and hub datasets of conversations.
@@ -45,24 +40,30 @@ def answer_blocks(
         enough: at most so many blocks of any one hub dataset, which may be endless.
 
     Raises:
-        LrqatError: as `blocks`; or answers cannot be told apart, or there are none.
+        LrqatError: a source cannot be read; answers cannot be told apart, or there are none.
     """
 
-    def pieces(source: str | None) -> Iterator[list[int]]:
-        assert source is not None
-        for found in answer_stream(source, tokenizer):
-            yield [2 * token + answer for token, answer in found]
+    def conversations() -> Iterator[Marked]:
+        for source in sources:
+            tokens = 0
+            for found in answer_stream(source, tokenizer):
+                yield found
+                tokens += min(len(found), length)
+                if enough is not None and endless(source) and tokens >= enough * length:
+                    break
 
-    both_NT = cut(pieces, list(sources), length, None, enough)
-    ids_NT, answers_NT = both_NT >> 1, (both_NT & 1).bool()
-    kept = answers_NT[:, 1:].any(1)  # a block's first token is predicted by nobody
-    if not kept.any():
-        raise LrqatError("data: no turn is the assistant's, so there are no answers; leave --answers-only out")
-    return ids_NT[kept], answers_NT[kept]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    packed = pack(conversations(), length, 0 if pad is None else pad)
+    if not len(packed.ids_NT):
+        raise LrqatError(
+            f"data: no turn is the assistant's within {length} tokens, so there are no answers; raise --seq-len, or "
+            "leave --answers-only out"
+        )
+    return packed
 
 
-def answer_stream(source: str, tokenizer: Any) -> Iterator[list[tuple[int, bool]]]:
-    """(token id, is an answer) of each conversation of a source.
+def answer_stream(source: str, tokenizer: Any) -> Iterator[Marked]:
+    """Each conversation of a source.
 
     Raises:
         LrqatError: a row is plain text, there is no chat template, or it does not tell answers apart.
@@ -77,8 +78,8 @@ def answer_stream(source: str, tokenizer: Any) -> Iterator[list[tuple[int, bool]
         yield answered(document, tokenizer, f"{source}: conversation {number}")
 
 
-def answered(messages: Conversation, tokenizer: Any, where: str) -> list[tuple[int, bool]]:
-    """(token id, is an answer) of one conversation."""
+def answered(messages: Conversation, tokenizer: Any, where: str) -> Marked:
+    """One conversation's tokens, and which of them are answers."""
     if GENERATION.search(str(tokenizer.chat_template)):
         found = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,31 +149,24 @@ def blocks(
     Raises:
         LrqatError: a source cannot be read, or there is less than one block of text.
     """
-    named: list[str | None] = [*sources] or [None]
-    return cut(lambda source: token_stream(source, tokenizer), named, length, limit, enough)
-
-
-def cut(
-    pieces: Callable[[str | None], Iterator[list[int]]],
-    sources: Sequence[str | None],
-    length: int,
-    limit: int | None,
-    enough: int | None,
-) -> Tensor:
-    """The pieces of all sources, joined and cut into blocks, int64 [N, length]; see `blocks`."""
     if length < 2 or (limit is not None and limit < 1):
         raise LrqatError(f"data: expected at least 1 block of at least 2 tokens, got {limit} of {length}")
     ids = array("i")
-    for source in sources:
-        endless = source is not None and not Path(source).expanduser().is_file()
+    named: list[str | None] = [*sources] or [None]
+    for source in named:
         start = len(ids)
-        for piece in pieces(source):
+        for piece in token_stream(source, tokenizer):
             ids.extend(piece)
             if limit is not None and len(ids) >= limit * length:
                 break
-            if endless and enough is not None and len(ids) - start >= enough * length:
+            if enough is not None and endless(source) and len(ids) - start >= enough * length:
                 break
     count = len(ids) // length if limit is None else min(len(ids) // length, limit)
     if count == 0:
         raise LrqatError(f"data: {len(ids)} tokens are less than one block of {length}; give more text or --seq-len")
     return torch.frombuffer(ids, dtype=torch.int32)[: count * length].long().view(count, length)
+
+
+def endless(source: str | None) -> bool:
+    """A hub dataset, which may have no end."""
+    return source is not None and not Path(source).expanduser().is_file()

@@ -30,7 +30,15 @@ from lrqat.safestream import tensor_bytes
 WORDS = {2: torch.uint16, 4: torch.uint32}
 
 
-def cache_teacher(path: Path, body: Any, blocks_NT: Tensor, hidden_size: int, dtype: torch.dtype, key: str) -> None:
+def cache_teacher(
+    path: Path,
+    body: Any,
+    blocks_NT: Tensor,
+    hidden_size: int,
+    dtype: torch.dtype,
+    key: str,
+    positions_NT: Tensor | None = None,
+) -> None:
     """Write the final hidden states of all blocks to `path`, unless the file for `key` is there already.
 
     Args:
@@ -40,6 +48,7 @@ def cache_teacher(path: Path, body: Any, blocks_NT: Tensor, hidden_size: int, dt
         hidden_size: H.
         dtype: dtype of the states.
         key: identifies model and data.
+        positions_NT: of tokens in texts of their own; None: a block is one.
     """
     stamp = path.with_suffix(".json")
     if path.is_file() and stamp.is_file() and read_json(stamp).get("key") == key:
@@ -50,14 +59,23 @@ def cache_teacher(path: Path, body: Any, blocks_NT: Tensor, hidden_size: int, dt
     with open(path, "r+b") as file:  # a full disk is an error now, not a crash when a page is written
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     for number in bar(range(len(blocks_NT)), "teacher"):
-        states_TH = hidden_states(body, blocks_NT[number].to(next(body.parameters()).device))
+        place = next(body.parameters()).device
+        positions_T = None if positions_NT is None else positions_NT[number].to(place)
+        states_TH = hidden_states(body, blocks_NT[number].to(place), positions_T)
         states_NTH[number] = states_TH.to(dtype).cpu().view(WORDS[dtype.itemsize]).numpy()
     states_NTH.flush()
     write_json(stamp, {"key": key})
 
 
 def cache_named(
-    path: Path, source: str, tokenizer: Any, student: Head, blocks_NT: Tensor, dtype: torch.dtype, key: str
+    path: Path,
+    source: str,
+    tokenizer: Any,
+    student: Head,
+    blocks_NT: Tensor,
+    dtype: torch.dtype,
+    key: str,
+    positions_NT: Tensor | None = None,
 ) -> Tensor:
     """`cache_teacher` for a model that the user named; returns the weight of its head [V, its own H].
 
@@ -69,6 +87,7 @@ def cache_named(
         blocks_NT: int64 token ids.
         dtype: of the teacher and its states.
         key: identifies student and data.
+        positions_NT: as in `cache_teacher`.
 
     Raises:
         LrqatError: the two do not have the same words.
@@ -81,7 +100,8 @@ def cache_named(
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(name.encode() + tensor_bytes(tensor.cpu()))
-    cache_teacher(path, body, blocks_NT, head.weight_VH.shape[1], dtype, f"{key} {weights.hexdigest()}")
+    whole = f"{key} {weights.hexdigest()}"
+    cache_teacher(path, body, blocks_NT, head.weight_VH.shape[1], dtype, whole, positions_NT)
     return head.weight_VH.detach()
 
 
@@ -93,6 +113,7 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         teacher: what `cache_teacher` wrote for these blocks.
         dtype: of the states.
         answers_NT: bool.
+        positions_NT: as in `cache_teacher`.
         order: the blocks to train on, one after the other; by default each once.
     """
 
@@ -103,10 +124,11 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         dtype: torch.dtype,
         answers_NT: Tensor | None = None,
         order: Tensor | None = None,
+        positions_NT: Tensor | None = None,
     ) -> None:
         self.order = range(len(blocks_NT)) if order is None else order.tolist()
         self.blocks_NT = blocks_NT
-        self.answers_NT = answers_NT
+        self.beside = {"answers": answers_NT, "position_ids": positions_NT}
         self.dtype = dtype
         self.states_NTH = np.load(teacher, mmap_mode="r", allow_pickle=False) if teacher else None
 
@@ -116,8 +138,7 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         index = self.order[index]
         row = {"input_ids": self.blocks_NT[index]}
-        if self.answers_NT is not None:
-            row["answers"] = self.answers_NT[index]
+        row |= {name: tensor_NT[index] for name, tensor_NT in self.beside.items() if tensor_NT is not None}
         if self.states_NTH is not None:
             row["teacher"] = torch.from_numpy(self.states_NTH[index].copy()).view(self.dtype)
         return row

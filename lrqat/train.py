@@ -102,7 +102,7 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     untie(skeleton, settings.beginning)
     decided = fused.plan(skeleton, settings.rank) if fused else plan(skeleton, settings.assignment, settings.rank)
     dtype = getattr(torch, settings.dtype)
-    text_NT, answers_NT = training_text(settings, base.tokenizer)
+    text_NT, *beside = training_text(settings, base.tokenizer)
     seen_NT = draw(text_NT, settings.blocks_needed, settings.seed)
     blocks_NT, calibration_NT = seen_NT[: settings.blocks_trained], seen_NT[: settings.calibration_blocks or 0]
     fingerprint = make_fingerprint(base, seen_NT, settings)
@@ -121,12 +121,18 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
         log(f"dtype: this CPU has no instructions for {settings.dtype}; --dtype float32 is faster, in more memory")
     mine, order = share(len(blocks_NT), settings.blocks_trained, settings.batch_size).unique(return_inverse=True)
     blocks_NT = blocks_NT[mine]
+    answers_NT, positions_NT = (
+        None if tensor_NT is None else draw(tensor_NT, settings.blocks_trained, settings.seed)[mine]
+        for tensor_NT in beside
+    )
     teacher = out / own("teacher.npy") if settings.loss == "kd" else None
     key = f"{fingerprint['base_sha256']} {fingerprint['data_sha256']} {settings.dtype}"
     head_VH = None
     if teacher and settings.teacher:  # before the student is loaded: never two models at a time
         open_run(out, fingerprint)
-        head_VH = cache_named(teacher, settings.teacher, base.tokenizer, head_of(skeleton), blocks_NT, dtype, key)
+        head_VH = cache_named(
+            teacher, settings.teacher, base.tokenizer, head_of(skeleton), blocks_NT, dtype, key, positions_NT
+        )
     if entries:
         assert isinstance(base, Base)
         model = converted_model(base, dtype, entries, out / "converted")
@@ -138,7 +144,7 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     open_run(out, fingerprint)
     if teacher and head_VH is None:
         with streamed(model):
-            cache_teacher(teacher, body, blocks_NT, head.weight_VH.shape[1], dtype, key)
+            cache_teacher(teacher, body, blocks_NT, head.weight_VH.shape[1], dtype, key, positions_NT)
         head_VH = head.weight_VH.detach()
         if settings.rotate is not None:
             head_VH = head_VH.clone()  # the model's own is rotated in place
@@ -146,8 +152,8 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     own_VH = model.get_output_embeddings().weight
     teacher_VH = None if head_VH is None or torch.equal(own_VH, head_VH) else head_VH
     del head, head_VH, own_VH
-    marks_NT = None if answers_NT is None else draw(answers_NT, settings.blocks_trained, settings.seed)[mine]
-    trainer = make_trainer(model, Blocks(blocks_NT, teacher, dtype, marks_NT, order), settings, out, teacher_VH)
+    data = Blocks(blocks_NT, teacher, dtype, answers_NT, order, positions_NT)
+    trainer = make_trainer(model, data, settings, out, teacher_VH)
     stop = StopOnSignal()
     trainer.add_callback(stop)
     checkpoint = last_checkpoint(out / "checkpoints") if resume else None
@@ -196,11 +202,11 @@ def finish(
         shutil.rmtree(out / folder, ignore_errors=True)
 
 
-def training_text(settings: TrainSettings, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
-    """Blocks of token ids, and which tokens are answers, if only they are trained on."""
+def training_text(settings: TrainSettings, tokenizer: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Blocks of token ids; where only answers are trained on, which tokens those are, and positions."""
     if settings.answers_only:
         return answer_blocks(settings.data, tokenizer, settings.seq_len, enough=settings.blocks_needed)
-    return blocks(settings.data, tokenizer, settings.seq_len, enough=settings.blocks_needed), None
+    return blocks(settings.data, tokenizer, settings.seq_len, enough=settings.blocks_needed), None, None
 
 
 def make_quantized(

@@ -56,13 +56,18 @@ class LossModel(nn.Module):
         model.get_input_embeddings().register_forward_hook(give_back_mapped)
 
     def forward(
-        self, input_ids: Tensor, teacher: Tensor | None = None, answers: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        teacher: Tensor | None = None,
+        answers: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss (`loss`): KD against the teacher's final hidden states [B, T, H] if given, else next-token CE.
 
-        With answers, bool [B, T], the mean is over the tokens that predict one; the head sees no others.
+        With answers, bool [B, T], the mean is over the tokens that predict one; the head sees no others. Where
+        positions [B, T] begin again, another text begins.
         """
-        hidden_BTH = self.model.base_model(input_ids, use_cache=False).last_hidden_state
+        hidden_BTH = self.model.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         head = head_of(self.model)
         head = head._replace(mapped=only_read(head.weight_VH))
         taught = None if self.teacher_VH is None else Head(self.teacher_VH, head.cap, only_read(self.teacher_VH))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 
 from lrqat.chat import answer_blocks, answered
 from lrqat.cli import main
-from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint
 from lrqat.losses import head_of
@@ -91,24 +91,19 @@ def test_a_template_that_raises_is_one_line(tokenizer: Any) -> None:
         answered(TURNS, tokenizer, "where")
 
 
-def test_blocks_are_those_of_the_plain_path_with_the_marks_beside(tokenizer: Any, rows: Any) -> None:
+def test_every_answer_stands_behind_its_own_question(tokenizer: Any, rows: Any) -> None:
+    turn = [{"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "Also."}]
+    marked = [answered(turns, tokenizer, "x") for turns in (TURNS, turn, TURNS[:2])]
     source = rows({"messages": TURNS}, {"prompt": "And 3?", "response": "Also."}, {"messages": TURNS[:2]})
-    ids_NT, answers_NT = answer_blocks([source], tokenizer, 16)
-    assert torch.equal(ids_NT, blocks([source], tokenizer, 16)[: len(ids_NT)]) or len(ids_NT) < len(
-        blocks([source], tokenizer, 16)
-    )
-    assert answers_NT.dtype == torch.bool and answers_NT.shape == ids_NT.shape and answers_NT[:, 1:].any(1).all()
-    marked = [
-        pair
-        for turns in (TURNS, None, TURNS[:2])
-        for pair in answered(
-            turns or [{"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "Also."}], tokenizer, "x"
-        )
-    ]
-    whole = [marked[i : i + 16] for i in range(0, len(marked) - 15, 16)]
-    kept = [block for block in whole if any(answer for _, answer in block[1:])]
-    assert [list(zip(a, b, strict=True)) for a, b in zip(ids_NT.tolist(), answers_NT.tolist(), strict=True)] == kept
-    assert len(kept) < len(whole)  # some hold a question alone
+    ids_NT, answers_NT, positions_NT = answer_blocks([source], tokenizer, max(map(len, marked)) + 8)
+    found = []
+    for ids_T, answers_T, positions_T in zip(ids_NT, answers_NT, positions_NT, strict=True):
+        starts = [*(positions_T == 0).nonzero().flatten().tolist(), len(ids_T)]
+        for start, end in pairwise(starts):
+            found.append(list(zip(ids_T[start:end].tolist(), answers_T[start:end].tolist(), strict=True)))
+    padding = [text for text in found if not any(answer for _, answer in text)]
+    assert sorted(text for text in found if text not in padding) == sorted(marked)
+    assert {token for text in padding for token, _ in text} == {tokenizer.pad_token_id}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +176,7 @@ def test_a_run_on_answers_trains_and_says_so(
 
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
     tokenizer.save_pretrained(model)
-    words = f"--grid w3g32 --steps 3 --seq-len 32 --loss {loss} --answers-only --method scales --threads 1"
+    words = f"--grid w3g32 --steps 3 --seq-len 160 --loss {loss} --answers-only --method scales --threads 1"
     source = rows(*[{"messages": TURNS}] * 20)
     assert main(["train", str(model), *words.split(), "--data", source, "--out", str(tmp_path / "run")]) == 0
     provenance = FusedCheckpoint.load(tmp_path / "run").provenance
