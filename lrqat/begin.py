@@ -15,6 +15,7 @@ GPTQ then works on each layer behind the trained prefix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -78,8 +79,12 @@ def uncalibrated(plan: Plan, beginning: Beginning) -> dict[str, int]:
 def tell_uncalibrated(plan: Plan, beginning: Beginning) -> dict[str, int]:
     """`uncalibrated`, told in the log too."""
     found = uncalibrated(plan, beginning)
-    for left in found.values():
-        log(f"{beginning.method} works on linear layers; {left} of {len(plan.grids)} weights are rounded to nearest")
+    if found:
+        linear = sum(math.prod(plan.sites[name].shape) for name in plan.grids if plan.sites[name].kind == LINEAR)
+        log(
+            f"{beginning.method} works on linear layers; {found['rounded_to_nearest']} of {len(plan.grids)} weights, "
+            f"{1 - linear / plan.weights:.0%} of all numbers, are rounded to nearest"
+        )
     return found
 
 

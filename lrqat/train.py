@@ -117,6 +117,8 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     log(f"{settings.model}: {decided}")
     tell_uncalibrated(decided, settings.beginning)
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
+    if len(calibration_NT) < (settings.calibration_blocks or 0):
+        log(f"calibration: the text has {len(calibration_NT)} of the {settings.calibration_blocks} blocks asked for")
     if widens(dtype, device().type):
         log(f"dtype: this CPU has no instructions for {settings.dtype}; --dtype float32 is faster, in more memory")
     mine, order = share(len(blocks_NT), settings.blocks_trained, settings.batch_size).unique(return_inverse=True)

@@ -45,6 +45,7 @@ TOLD_APART = 3  # a re-rounded model must be outside the limits, or at least so 
 MIN_POSITIONS = 300  # below, or without controls, nothing is proven: top-1 .94 needs more than a handful
 RE_ROUNDED_BITS = 5  # above, a second rounding moves logits less than the runtime's own arithmetic does
 COARSE_BITS = 4
+INT8_SCHEME = "CompressedTensorsW8A8Int8"  # vLLM's, on its int8 kernels
 HARD_TEXT = (
     "Numbers 3.14159, 2026 and 007; naïve café, Größe, 東京, 👩‍🚀!\n\tdef f(x):  return x**2  # tabs,   spaces\r\n"
 )
@@ -108,8 +109,11 @@ def vllm(exported: Path, threads: int, python: str, dtype: str | None) -> Runtim
         folder.mkdir(exist_ok=True)
         served = "float32" if exact else str(dtype)
         result = run(path, sequences, folder, python=python, dtype=served, threads=threads)
+        schemes = ", ".join(result.schemes)
+        if int8 and not exact and INT8_SCHEME not in result.schemes:  # near in figures, but other arithmetic
+            raise LrqatError(f"{path}: vLLM serves it by {schemes}, expected {INT8_SCHEME}, which rounds activations")
         rows = [result.logprobs_TV(i) for i in range(len(sequences))]
-        return f"vLLM {result.version} ({result.device}, {result.dtype})", rows
+        return f"vLLM {result.version} ({result.device}, {result.dtype}; {schemes})", rows
 
     return Runtime(
         "vllm",

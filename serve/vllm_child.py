@@ -2,7 +2,8 @@
 
     python vllm_child.py JOB.json       {"model", "dtype", "sequences": [[id, ...], ...], "out"}
 
-writes OUT/0000.npy, ... float32 [T - 1, V] (row t: distribution of token t + 1) and OUT/result.json.
+writes OUT/0000.npy, ... float32 [T - 1, V] (row t: distribution of token t + 1) and OUT/result.json, which also names
+the classes that vLLM has chosen for the linear layers.
 
 vLLM can return the full vocabulary itself (prompt_logprobs=-1), at 5.7 GB and 11 s for 512 tokens of a 49k
 vocabulary: Python lists of 25 million floats. Instead `compute_logits`, which every vLLM model has, is
@@ -63,9 +64,23 @@ def main(argv: list[str]) -> int:
                 raise RuntimeError(f"vLLM reports log-probability {told} at {t}, its logits {logprobs_TV[t, token]}")
         np.save(out / f"{index:04d}.npy", logprobs_TV.numpy())
         print(f"sequence {index + 1} of {len(job['sequences'])}", flush=True)
-    result = {"vllm": vllm.__version__, "device": vllm.platforms.current_platform.device_type}
+    [schemes] = llm.apply_model(_schemes)
+    result = {
+        "vllm": vllm.__version__,
+        "device": vllm.platforms.current_platform.device_type,
+        "schemes": schemes,
+    }
     (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
     return 0
+
+
+def _schemes(model: Any) -> list[str]:
+    """What computes the linear layers: compressed-tensors' schemes, else the quantization methods."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    linears = [module for module in model.modules() if isinstance(module, LinearBase)]
+    chosen = (getattr(linear, "scheme", None) or linear.quant_method for linear in linears)
+    return sorted({type(scheme).__name__ for scheme in chosen})
 
 
 def _listen(model: Any, heard: list[Any]) -> None:

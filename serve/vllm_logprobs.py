@@ -41,12 +41,14 @@ class VllmLogprobs:
         version: vLLM's version.
         device: "cpu" or "cuda".
         dtype: what it served in.
+        schemes: vLLM's classes that computed the linear layers.
         paths: per prompt a float32 .npy [T - 1, V]; row t is the distribution of token t + 1.
     """
 
     version: str
     device: str
     dtype: str
+    schemes: tuple[str, ...]
     paths: tuple[Path, ...]
 
     def logprobs_TV(self, index: int) -> np.ndarray:
@@ -104,7 +106,7 @@ def run(
         raise LrqatError(_complaint(model_dir, str(python), log, status))
     result = json.loads((work_dir / "result.json").read_text(encoding="utf-8"))
     paths = tuple(work_dir / f"{index:04d}.npy" for index in range(len(sequences)))
-    return VllmLogprobs(result["vllm"], result["device"], dtype, paths)
+    return VllmLogprobs(result["vllm"], result["device"], dtype, tuple(result["schemes"]), paths)
 
 
 def _run(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> int:

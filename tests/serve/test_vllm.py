@@ -21,6 +21,7 @@ from lrqat.grid import Grid
 from lrqat.grids.affine import AffineGrid
 from lrqat.ptq import rtn
 from serve import vllm_logprobs
+from serve.parity import INT8_SCHEME
 
 # Mean KL(HF in float32 || vLLM in float16) of the model below: measured 6.5e-6 (w4g32) and 7.2e-6 (w4), the
 # rounding of activations and logits to 11 bits. 16 rows x 32 columns with the wrong sign in one layer: 4.5e-2.
@@ -121,6 +122,8 @@ def test_vllm_serves_the_weights_that_were_trained(
     assert mean_kl(reference_TV, ours_TV) <= (MAX_KL_INT8 if options else MAX_KL)
     assert served.logprobs_TV(1).shape == (2, 512)
     assert served.version and served.device in ("cpu", "cuda")
+    if options:  # weight-only arithmetic would be within MAX_KL_INT8
+        assert INT8_SCHEME in served.schemes
 
     name = "model.layers.0.mlp.up_proj.weight"
     others = {**weights, name: weights[name].clone()}
