@@ -16,6 +16,7 @@ GPTQ then works on each layer behind the trained prefix.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -88,7 +89,15 @@ def tell_uncalibrated(plan: Plan, beginning: Beginning) -> dict[str, int]:
     return found
 
 
-def prepare(model: Any, plan: Plan, beginning: Beginning, blocks_NT: Tensor, p: float | None) -> Found:
+def prepare(
+    model: Any,
+    plan: Plan,
+    beginning: Beginning,
+    blocks_NT: Tensor,
+    p: float | None,
+    folder: Path | None = None,
+    key: str = "",
+) -> Found:
     """Change the model's weights in place; returns the parts that they are to be rounded with, where GPTQ found some.
 
     Args:
@@ -97,12 +106,13 @@ def prepare(model: Any, plan: Plan, beginning: Beginning, blocks_NT: Tensor, p: 
         beginning: what to do.
         blocks_NT: calibration tokens; not looked at by a rotation alone.
         p: exponent of the range search.
+        folder: where GPTQ keeps its finished layers, under `key`.
     """
     if beginning.rotate is not None:
         rotate(model, beginning.rotate, untie=beginning.untie_head)
     if "awq" in beginning.steps:
         awq_fold(model, plan, blocks_NT, p)
-    return gptq_model(model, plan, blocks_NT, p) if "gptq" in beginning.steps else {}
+    return gptq_model(model, plan, blocks_NT, p, folder=folder, key=key) if "gptq" in beginning.steps else {}
 
 
 def prepare_once(
@@ -115,11 +125,13 @@ def prepare_once(
         with open_safetensors(path) as file:
             if (file.metadata() or {}).get("key") == key:
                 return load_prepared(model, beginning, file)
-    parts = prepare(model, plan, beginning, blocks_NT, p)
+    layers = path.with_suffix("")
+    parts = prepare(model, plan, beginning, blocks_NT, p, layers, key)
     tensors = dict(dense_tensors(model))
     tensors |= {f"{name}#{part}": values for name, found in parts.items() for part, values in found.items()}
     entries = [Entry(n, t.dtype, tuple(t.shape), partial(tensors.__getitem__, n)) for n, t in tensors.items()]
     write_file(path, entries, {"format": "pt", "key": key})
+    shutil.rmtree(layers, ignore_errors=True)
     with open_safetensors(path) as file:
         return load_prepared(model, beginning, file)
 

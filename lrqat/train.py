@@ -4,6 +4,7 @@ RUN/run.json            settings, base hash, data hash: what `--resume` must fin
 RUN/teacher.npy         the teacher's hidden states while training; of several processes (`lrqat.ranks`) one file each
 RUN/converted/          the checkpoint in another dtype, until it is mapped (`lrqat.convert`)
 RUN/start.safetensors   the weights behind a rotation, AWQ or GPTQ
+RUN/start/              layers that GPTQ has finished, until all are
 RUN/frozen.safetensors  frozen weights, with --offload disk, while training
 RUN/blocks/             layers that Block-AP has finished
 RUN/checkpoints/        what is trained, and optimizer state

@@ -21,6 +21,8 @@ and the embeddings are left to the range search.
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +30,11 @@ from torch import Tensor, nn
 
 from lrqat.console import bar
 from lrqat.errors import LrqatError
-from lrqat.fused import FusedTensor
+from lrqat.fused import FusedTensor, open_safetensors
 from lrqat.grid import Grid, Parts
 from lrqat.plan import Plan
 from lrqat.ranges import row_tiles, start
+from lrqat.safestream import Entry, write_file
 from lrqat.sites import LINEAR, Site
 from lrqat.starts.codes import rounded, start_from
 from lrqat.starts.walk import Walk
@@ -50,6 +53,8 @@ def gptq_model(
     p: float | None,
     *,
     damp: float = DAMP,
+    folder: Path | None = None,
+    key: str = "",
 ) -> dict[str, dict[str, Tensor]]:
     """Put W' (`lrqat.starts.codes`) in the place of the planned linear weights; returns their parts by site name.
 
@@ -61,12 +66,21 @@ def gptq_model(
         blocks_NT: calibration tokens; some 16k suffice.
         p: exponent of the range search.
         damp: share of the mean of diag H that is added to it.
+        folder: holds a file for each finished layer, so that an interrupted run goes on behind the last; None: nothing
+            is kept.
+        key: identifies model, data and settings; files under another key are refused.
     """
     walk = Walk(model, blocks_NT)
     states_NTH = walk.begin()
     found: dict[str, dict[str, Tensor]] = {}
     for number in bar(range(len(walk.layers)), "gptq"):
-        parts = gptq_layer(model, plan, walk, number, states_NTH, p, damp=damp)
+        path = None if folder is None else folder / f"layer_{number:04d}.safetensors"
+        if path and path.is_file():
+            parts = load_layer(model, plan, path, key)
+        else:
+            parts = gptq_layer(model, plan, walk, number, states_NTH, p, damp=damp)
+            if path:
+                save_layer(model, plan, parts, path, key)
         real = {}
         for name in parts:
             weight_OI = model.get_parameter(plan.sites[name].origin.parameter).data
@@ -100,6 +114,32 @@ def gptq_layer(
         fused = gptq(weight_OI, hessian_II, grid, p, damp=damp, name=site.name)
         adjusted_OI, found[site.name] = start_from(weight_OI, fused, site.name)
         weight_OI.copy_(adjusted_OI)
+    return found
+
+
+def save_layer(model: Any, plan: Plan, parts: dict[str, dict[str, Tensor]], path: Path, key: str) -> None:
+    """Write W' (NAME) and parts (NAME#PART) of a finished layer; the file appears when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: model.get_parameter(plan.sites[name].origin.parameter).data for name in parts}
+    tensors |= {f"{name}#{part}": values for name, found in parts.items() for part, values in found.items()}
+    entries = [Entry(n, t.dtype, tuple(t.shape), partial(tensors.__getitem__, n)) for n, t in tensors.items()]
+    write_file(path, entries, {"format": "pt", "key": key})
+
+
+def load_layer(model: Any, plan: Plan, path: Path, key: str) -> dict[str, dict[str, Tensor]]:
+    """Put what `save_layer` has written into the model; returns the parts."""
+    found: dict[str, dict[str, Tensor]] = {}
+    with open_safetensors(path) as file:
+        if (file.metadata() or {}).get("key") != key:
+            raise LrqatError(f"{path}: was written by a run with other settings; remove it, or start a new run")
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            weight, _, part = name.partition("#")
+            values = file.get_tensor(name)
+            own_OI = model.get_parameter(plan.sites[weight].origin.parameter).data
+            if part:
+                found.setdefault(weight, {})[part] = values.to(own_OI.device)
+            else:
+                own_OI.copy_(values)
     return found
 
 

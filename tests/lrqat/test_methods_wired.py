@@ -30,6 +30,7 @@ from lrqat.methods.lsq import LSQ
 from lrqat.models import fake_quant_model, locate
 from lrqat.plan import plan
 from lrqat.settings import METHODS, TrainSettings
+from lrqat.starts import gptq
 from lrqat.starts.codes import rounded
 from lrqat.starts.gptq import gptq_model
 from lrqat.statistics import moved_codes
@@ -170,6 +171,26 @@ def test_a_run_killed_in_the_second_layer_of_block_ap_resumes_behind_the_first(
     assert main(command(out, "--resume", *words)) == 0
     assert codes(out) == codes(tmp_path / "whole")
     assert summary(out)["codes_moved"] == summary(tmp_path / "whole")["codes_moved"] > 0
+
+
+def test_a_run_killed_in_the_second_layer_of_gptq_resumes_behind_the_first(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--method", "scales", "--start", "awq+gptq", "--calibration-blocks", "4"]
+    assert main(command(tmp_path / "whole", *words)) == 0
+    out, gptq_layer = tmp_path / "run", gptq.gptq_layer
+
+    def only(wanted: int, model: Any, plan: Any, walk: Any, number: int, *rest: Any, **named: Any) -> Any:
+        if number != wanted:
+            raise KeyboardInterrupt
+        return gptq_layer(model, plan, walk, number, *rest, **named)
+
+    monkeypatch.setattr(gptq, "gptq_layer", partial(only, 0))
+    assert main(command(out, *words)) == 130
+    assert [path.name for path in (out / "start").iterdir()] == ["layer_0000.safetensors"]
+    monkeypatch.setattr(gptq, "gptq_layer", partial(only, 1))
+    assert main(command(out, "--resume", *words)) == 0
+    assert codes(out) == codes(tmp_path / "whole") and not (out / "start").exists()
 
 
 def test_the_teacher_is_the_pretrained_model_whatever_is_folded_into_the_student(
