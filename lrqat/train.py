@@ -101,6 +101,7 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     if settings.shard:
         check_shards(skeleton)
     untie(skeleton, settings.beginning)
+    check_layers(skeleton, settings.beginning)
     decided = fused.plan(skeleton, settings.rank) if fused else plan(skeleton, settings.assignment, settings.rank)
     dtype = getattr(torch, settings.dtype)
     text_NT, *beside = training_text(settings, base.tokenizer)
@@ -141,7 +142,6 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
         model = converted_model(base, dtype, entries, out / "converted")
     else:
         model = base.model(dtype).to(device())
-    check_layers(model, settings.beginning)
     Rounding().but(settings.activations, settings.kv).check(model)
     body, head = body_and_head(model)
     open_run(out, fingerprint)

@@ -69,10 +69,15 @@ class LlamaLayer:
 
 @torch.no_grad()
 def check_norm(norm: Any, name: str) -> None:
-    """Refuse a norm that does more than multiply by its weight, or that takes the mean off."""
+    """Refuse a norm that does more than multiply by its weight, or that takes the mean off; on "meta", a bias alone."""
     weight_I = getattr(norm, "weight", None)
     if weight_I is None:
         raise LrqatError(f"{name}: {type(norm).__name__} has no weight; nothing folds into it")
+    refusal = LrqatError(f"{name}: {type(norm).__name__} is no plain RMSNorm; nothing folds into it")
+    if getattr(norm, "bias", None) is not None:
+        raise refusal
+    if weight_I.is_meta:
+        return
     x_I = torch.linspace(1, 2, len(weight_I), device=weight_I.device, dtype=weight_I.dtype)
     saved_I = weight_I.clone()
     try:
@@ -82,5 +87,5 @@ def check_norm(norm: Any, name: str) -> None:
         rms = torch.allclose(norm(x_I).float(), x_I.float() * x_I.float().square().mean().rsqrt(), rtol=0.02)
     finally:
         weight_I.copy_(saved_I)
-    if not (silent and rms) or getattr(norm, "bias", None) is not None:
-        raise LrqatError(f"{name}: {type(norm).__name__} is no plain RMSNorm; nothing folds into it")
+    if not (silent and rms):
+        raise refusal
