@@ -50,8 +50,8 @@ class Scores:
 @torch.no_grad()
 def hidden_states(body: Any, block_T: Tensor, positions_T: Tensor | None = None) -> Tensor:
     """Final hidden states [T, H] of one block; positions that begin again begin another text."""
-    positions_1T = None if positions_T is None else positions_T[None]
-    states: Tensor = body(block_T[None], position_ids=positions_1T, use_cache=False).last_hidden_state[0]
+    places = {} if positions_T is None else {"position_ids": positions_T[None]}  # not all models take them
+    states: Tensor = body(block_T[None], use_cache=False, **places).last_hidden_state[0]
     return states
 
 

@@ -67,7 +67,8 @@ class LossModel(nn.Module):
         With answers, bool [B, T], the mean is over the tokens that predict one; the head sees no others. Where
         positions [B, T] begin again, another text begins.
         """
-        hidden_BTH = self.model.base_model(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        places = {} if position_ids is None else {"position_ids": position_ids}  # not all models take them
+        hidden_BTH = self.model.base_model(input_ids, use_cache=False, **places).last_hidden_state
         head = head_of(self.model)
         head = head._replace(mapped=only_read(head.weight_VH))
         taught = None if self.teacher_VH is None else Head(self.teacher_VH, head.cap, only_read(self.teacher_VH))
