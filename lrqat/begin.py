@@ -18,13 +18,13 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrqat import kept
 from lrqat.block_ap import BlockSettings, block_ap, frozen_codes
 from lrqat.console import log
 from lrqat.fused import open_safetensors
@@ -42,7 +42,6 @@ from lrqat.pages import give_back, in_file
 from lrqat.plan import Plan
 from lrqat.ranges import start
 from lrqat.rounding import Rounding
-from lrqat.safestream import Entry, write_file
 from lrqat.settings import Beginning, TrainSettings
 from lrqat.sites import LINEAR, TRAINED, Site, origins
 from lrqat.starts.awq import awq_fold
@@ -127,10 +126,7 @@ def prepare_once(
                 return load_prepared(model, beginning, file)
     layers = path.with_suffix("")
     parts = prepare(model, plan, beginning, blocks_NT, p, layers, key)
-    tensors = dict(dense_tensors(model))
-    tensors |= {f"{name}#{part}": values for name, found in parts.items() for part, values in found.items()}
-    entries = [Entry(n, t.dtype, tuple(t.shape), partial(tensors.__getitem__, n)) for n, t in tensors.items()]
-    write_file(path, entries, {"format": "pt", "key": key})
+    kept.write(path, dict(dense_tensors(model)) | kept.named_parts(parts), key)
     shutil.rmtree(layers, ignore_errors=True)
     with open_safetensors(path) as file:
         return load_prepared(model, beginning, file)
@@ -140,12 +136,10 @@ def load_prepared(model: Any, beginning: Beginning, file: Any) -> Found:
     """Put a file's weights into the model, on the CPU as views of the file; returns its parts."""
     untie(model, beginning)
     places, state, parts = origins(model), model.state_dict(keep_vars=True), Found()
-    for name in list(file.keys()):
-        weight, _, part = name.partition("#")
-        parameter = state[places[weight].parameter]
-        values = file.get_tensor(name)
+    for name, part, values in kept.content(file):
+        parameter = state[places[name].parameter]
         if part:
-            parts.setdefault(weight, {})[part] = values.to(parameter.device)
+            parts.setdefault(name, {})[part] = values.to(parameter.device)
         else:
             put(parameter, places[name].of(parameter.detach()), values)
     return parts

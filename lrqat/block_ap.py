@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrqat import kept
 from lrqat.console import bar
 from lrqat.errors import LrqatError
-from lrqat.fused import open_safetensors
 from lrqat.layers import Make, compile_tiles, quantizers, swap
 from lrqat.methods.base import WeightQuantizer
 from lrqat.methods.gains import GainQuantizer
 from lrqat.methods.scales import Scales
 from lrqat.optimizer import make_optimizer
 from lrqat.plan import Plan
-from lrqat.safestream import Entry, write_file
 from lrqat.sites import TRAINED
 from lrqat.starts.walk import Walk, decoder_layers
 
@@ -97,7 +95,7 @@ def block_ap(
         key: identifies model, data and settings; files under another key are refused.
     """
     prefix, layers = decoder_layers(model)
-    paths = [None if folder is None else folder / f"layer_{number:04d}.safetensors" for number in range(len(layers))]
+    paths = [None if folder is None else kept.layer_path(folder, number) for number in range(len(layers))]
     done = [path is not None and path.is_file() for path in paths]
     walk = None if all(done) else Walk(model, blocks_NT)
     if walk:
@@ -216,22 +214,17 @@ def layer_tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def save_layer(layer: nn.Module, path: Path, key: str, error: float) -> None:
-    """Write its quantizers' tensors and its error; the file appears when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = layer_tensors(layer)
-    entries = [Entry(n, t.dtype, tuple(t.shape), partial(tensors.__getitem__, n)) for n, t in tensors.items()]
-    write_file(path, entries, {"format": "pt", "key": key, "error": repr(error)})
+    """Write its quantizers' tensors and its error."""
+    kept.write(path, layer_tensors(layer), key, error=repr(error))
 
 
 @torch.no_grad()
 def load_layer(layer: nn.Module, path: Path, key: str) -> float:
     """Read what `save_layer` wrote into quantizers of the same kind; returns the layer's error."""
     tensors = layer_tensors(layer)
-    with open_safetensors(path) as file:
-        metadata = file.metadata() or {}
-        names = set(file.keys())
-        if metadata.get("key") != key or names != tensors.keys():
+    with kept.opened(path, key) as file:
+        if set(file.keys()) != tensors.keys():
             raise LrqatError(f"{path}: was written by a run with other settings; remove it, or start a new run")
         for name, tensor in tensors.items():
             tensor.copy_(file.get_tensor(name))
-    return float(metadata.get("error", math.nan))
+        return float(file.metadata().get("error", math.nan))

@@ -201,7 +201,7 @@ def finish(
         out / "start.safetensors",
     ):
         left.unlink(missing_ok=True)
-    for folder in ("blocks", "converted"):
+    for folder in ("blocks", "converted", "start"):  # of the latter, what a kill has left
         shutil.rmtree(out / folder, ignore_errors=True)
 
 

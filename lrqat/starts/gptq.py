@@ -21,20 +21,19 @@ and the embeddings are left to the range search.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrqat import kept
 from lrqat.console import bar
 from lrqat.errors import LrqatError
-from lrqat.fused import FusedTensor, open_safetensors
+from lrqat.fused import FusedTensor
 from lrqat.grid import Grid, Parts
 from lrqat.plan import Plan
 from lrqat.ranges import row_tiles, start
-from lrqat.safestream import Entry, write_file
 from lrqat.sites import LINEAR, Site
 from lrqat.starts.codes import rounded, start_from
 from lrqat.starts.walk import Walk
@@ -74,7 +73,7 @@ def gptq_model(
     states_NTH = walk.begin()
     found: dict[str, dict[str, Tensor]] = {}
     for number in bar(range(len(walk.layers)), "gptq"):
-        path = None if folder is None else folder / f"layer_{number:04d}.safetensors"
+        path = None if folder is None else kept.layer_path(folder, number)
         if path and path.is_file():
             parts = load_layer(model, plan, path, key)
         else:
@@ -118,26 +117,19 @@ def gptq_layer(
 
 
 def save_layer(model: Any, plan: Plan, parts: dict[str, dict[str, Tensor]], path: Path, key: str) -> None:
-    """Write W' (NAME) and parts (NAME#PART) of a finished layer; the file appears when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write W' and parts of a finished layer."""
     tensors = {name: model.get_parameter(plan.sites[name].origin.parameter).data for name in parts}
-    tensors |= {f"{name}#{part}": values for name, found in parts.items() for part, values in found.items()}
-    entries = [Entry(n, t.dtype, tuple(t.shape), partial(tensors.__getitem__, n)) for n, t in tensors.items()]
-    write_file(path, entries, {"format": "pt", "key": key})
+    kept.write(path, tensors | kept.named_parts(parts), key)
 
 
 def load_layer(model: Any, plan: Plan, path: Path, key: str) -> dict[str, dict[str, Tensor]]:
     """Put what `save_layer` has written into the model; returns the parts."""
     found: dict[str, dict[str, Tensor]] = {}
-    with open_safetensors(path) as file:
-        if (file.metadata() or {}).get("key") != key:
-            raise LrqatError(f"{path}: was written by a run with other settings; remove it, or start a new run")
-        for name in file.keys():  # noqa: SIM118 (no mapping)
-            weight, _, part = name.partition("#")
-            values = file.get_tensor(name)
-            own_OI = model.get_parameter(plan.sites[weight].origin.parameter).data
+    with kept.opened(path, key) as file:
+        for name, part, values in kept.content(file):
+            own_OI = model.get_parameter(plan.sites[name].origin.parameter).data
             if part:
-                found.setdefault(weight, {})[part] = values.to(own_OI.device)
+                found.setdefault(name, {})[part] = values.to(own_OI.device)
             else:
                 own_OI.copy_(values)
     return found
