@@ -42,7 +42,8 @@ def default_texts() -> list[str]:
 def documents(source: str) -> Iterator[str | list[dict[str, str]]]:
     """Texts and conversations of one source."""
     path = Path(source).expanduser()
-    if path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file():
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson") and path.is_file():
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -52,7 +53,7 @@ def documents(source: str) -> Iterator[str | list[dict[str, str]]]:
                         raise LrqatError(f"{source}:{number}: not JSON ({error})") from None
                     yield _document(row, f"{source}:{number}")
     elif path.is_file():
-        if (suffix := path.suffix.lower()) in OTHERS:
+        if suffix in OTHERS:
             raise LrqatError(f"{source}: {suffix} is read neither as text nor as rows; {OTHERS[suffix]}")
         try:
             yield path.read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from lrqat.console import bar, device, log
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, is_fused
-from lrqat.losses import Head, body_and_head, head_of
+from lrqat.losses import Head, body_and_head, final_states, head_of
 from lrqat.models import fused_tokenizer, locate
 from lrqat.rounding import Rounding, rounded_model
 
@@ -50,9 +50,7 @@ class Scores:
 @torch.no_grad()
 def hidden_states(body: Any, block_T: Tensor, positions_T: Tensor | None = None) -> Tensor:
     """Final hidden states [T, H] of one block; positions that begin again begin another text."""
-    places = {} if positions_T is None else {"position_ids": positions_T[None]}  # not all models take them
-    states: Tensor = body(block_T[None], use_cache=False, **places).last_hidden_state[0]
-    return states
+    return final_states(body, block_T[None], None if positions_T is None else positions_T[None])[0]
 
 
 @torch.no_grad()

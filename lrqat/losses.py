@@ -184,6 +184,13 @@ def head_loss(hidden_BTH: Tensor, head: Head, target: Tensor, teacher: Head | No
     return loss
 
 
+def final_states(body: Any, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+    """Final hidden states [B, T, H]; where positions begin again, another text begins."""
+    places = {} if positions_BT is None else {"position_ids": positions_BT}  # not all models take them
+    states_BTH: Tensor = body(ids_BT, use_cache=False, **places).last_hidden_state
+    return states_BTH
+
+
 def head_of(model: Any) -> Head:
     """The head of a causal language model, with the soft cap that its config names."""
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)

@@ -27,7 +27,7 @@ from lrqat.console import log, peak_memory_gb
 from lrqat.errors import LrqatError
 from lrqat.fused import read_json
 from lrqat.jsonfile import read_metrics
-from lrqat.losses import Head, head_loss, head_of
+from lrqat.losses import Head, final_states, head_loss, head_of
 from lrqat.optimizer import load_state, state_of
 from lrqat.pages import give_back, only_read
 from lrqat.ranks import agreed
@@ -67,8 +67,7 @@ class LossModel(nn.Module):
         With answers, bool [B, T], the mean is over the tokens that predict one; the head sees no others. Where
         positions [B, T] begin again, another text begins.
         """
-        places = {} if position_ids is None else {"position_ids": position_ids}  # not all models take them
-        hidden_BTH = self.model.base_model(input_ids, use_cache=False, **places).last_hidden_state
+        hidden_BTH = final_states(self.model.base_model, input_ids, position_ids)
         head = head_of(self.model)
         head = head._replace(mapped=only_read(head.weight_VH))
         taught = None if self.teacher_VH is None else Head(self.teacher_VH, head.cap, only_read(self.teacher_VH))

@@ -41,7 +41,7 @@ def test_latents_begin_nearer_to_the_weights(spelling: str) -> None:
     quantizer = make(spelling, 16)
     before = distance(quantizer)
     loftq(quantizer, weight(), torch.Generator().manual_seed(0))
-    assert distance(quantizer) < 0.9 * before
+    assert distance(quantizer) < 0.8 * before
 
 
 @pytest.mark.parametrize("spelling", ["w2g32", "w3g32-min", "w4", "tq2_0", "q2_k"])
