@@ -8,9 +8,8 @@
 The files are those of mosaicml/llm-foundry (scripts/eval/local_data), klosax/hellaswag_text_data and EleutherAI's
 lambada_openai; prompts, choices and metrics are those of lm-eval's tasks of the same names. Nothing is downloaded.
 
-A model here is lm-eval's own HFLM around the fake-quant model, rounding beside its weights what its training did. A
-server is asked for the log-probabilities of the prompt's tokens (`echo` and `logprobs` of OpenAI's completions): vLLM
-gives them; llama.cpp's server does not, and is refused.
+A model here is lm-eval's own HFLM around the fake-quant model, rounding beside its weights what its training did; what
+a server is asked, `lrqat.zeroshot_server` says.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import logging
 import math
 import re
 import sys
-import urllib.request
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -58,7 +56,6 @@ HELLASWAG_LINES = 6
 FRAGMENT = re.compile(r"(?<=[.!?] )[a-z][^.!?]*$")  # of a sentence, at the end
 INSTALL = "pip install 'lrqat[lm-eval]'"
 BOOTSTRAP = 1000  # of perplexity's standard error; accuracies have theirs in closed form
-SECONDS = 300  # that a server may take to answer
 
 
 def parse_tasks(texts: Sequence[str]) -> dict[str, int | None]:
@@ -157,66 +154,6 @@ def model_here(source: str, dtype: str, activations: str | None, kv: str | None,
     rounding = rounding_of(source, activations, kv)
     model, tokenizer = load_any(source, getattr(torch, dtype), rounding)
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)), str(rounding)
-
-
-def model_there(source: str, server: str, batch_size: int) -> Any:
-    """lm-eval's model for a server that speaks OpenAI's completions.
-
-    Args:
-        source: a directory that holds the model's tokenizer.
-        server: its address, without /v1.
-        batch_size: prompts of a request.
-    """
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
-    folder = Path(source).expanduser()
-    folder = folder / "fused" if (folder / "fused" / "fused.json").is_file() else folder
-    if not (folder / "tokenizer.json").is_file():
-        raise LrqatError(f"{source}: no tokenizer.json; with --server, name the directory of the model that it serves")
-    address = f"{server.rstrip('/').removesuffix('/v1')}/v1"
-    served = ask(f"{address}/models", None)
-    try:
-        name = str(served["data"][0]["id"])
-        length = int(served["data"][0].get("max_model_len") or 2048)
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise LrqatError(f"{server}: is no OpenAI-compatible server (no list of models under /v1/models)") from None
-    check_echo(address, name, server)
-    return LocalCompletionsAPI(
-        base_url=f"{address}/completions",
-        model=name,
-        tokenizer=str(folder),
-        tokenizer_backend="huggingface",
-        batch_size=batch_size,
-        max_length=length,
-    )
-
-
-def check_echo(address: str, name: str, server: str) -> None:
-    """Refuse a server that keeps the prompt's log-probabilities to itself."""
-    prompt = [1, 2, 3, 4]
-    request = {"model": name, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-    answer = ask(f"{address}/completions", request)
-    try:
-        found = answer["choices"][0]["logprobs"]["token_logprobs"]
-        told = len(found) == len(prompt) + 1 and all(isinstance(value, float) for value in found[1:])
-    except (KeyError, IndexError, TypeError):
-        told = False
-    if not told:
-        raise LrqatError(
-            f"{server}: does not give the log-probabilities of a prompt's tokens (llama.cpp's server never does); "
-            "serve with vLLM, or judge the fused checkpoint: its weights are the same bits"
-        )
-
-
-def ask(address: str, content: dict[str, Any] | None) -> Any:
-    """The JSON that a server answers."""
-    data = None if content is None else json.dumps(content).encode()
-    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            return json.loads(answer.read())
-    except (OSError, ValueError) as error:
-        raise LrqatError(f"{address}: no answer ({error}); start one with lrqat-serve") from None
 
 
 def measure(model: Any, tasks: list[Any], limit: int | None) -> dict[str, Any]:

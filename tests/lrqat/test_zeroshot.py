@@ -6,17 +6,20 @@ import bz2
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lrqat import zeroshot
+from lrqat import zeroshot, zeroshot_server
 from lrqat.cli import main
 from lrqat.errors import LrqatError
 from lrqat.zeroshot import average, capitalized, parse_tasks, rows_of
 
+BATCHED = 1e-3  # nats; llama.cpp's products for one token and for several differ in their order
+INT8 = 0.05  # llama.cpp rounds activations to int8 before a 4-bit matrix
 FLOAT32 = 1e-4  # nats; sums of float32 log-probabilities, padded or not
 ROWS = [
     {"query": "Question: Which is a number?\n", "choices": ["seven and a half", "house", "the"], "gold": 0},
@@ -157,24 +160,72 @@ def test_scores_are_those_of_the_models_own_logits(
     assert found["tasks"]["lambada_openai"]["perplexity"] == pytest.approx(perplexity, rel=FLOAT32 * 10)
 
 
-def test_a_server_that_keeps_the_prompts_probabilities_is_refused_in_one_line(
-    folder: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("lm_eval", reason=zeroshot.INSTALL)
+@pytest.fixture
+def llamacpp(tiny_model_dir: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A fused checkpoint, and the address of llama.cpp's server with its GGUF file."""
     pytest.importorskip("xllamacpp", reason="pip install 'lrqat[llamacpp]'")
     from exporters import gguf
     from lrqat.fused import FusedCheckpoint
-    from serve.server import start
+    from serve.running import start
 
     assert main(["ptq", str(tiny_model_dir), "--grid", "w4g32", "--out", str(tmp_path / "run")]) == 0
     exported = gguf.write(FusedCheckpoint.load(tmp_path / "run"), tmp_path / "tiny.gguf")
     with start(exported, threads=1, ctx=256) as running:
-        words = ["zeroshot", str(tmp_path / "run"), "--tasks-dir", str(folder), "--tasks", "piqa"]
-        assert main([*words, "--server", running.url]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "llama.cpp's server never does" in errors[0]
+        yield tmp_path / "run", running.url
+
+
+def test_llamacpp_scores_a_forced_continuation_as_its_own_listed_probabilities(llamacpp: tuple[Path, str]) -> None:
+    address = f"{llamacpp[1]}/v1"
+    name = zeroshot_server.ask(f"{address}/models", None)["data"][0]["id"]
+    everything = {"model": name, "max_tokens": 1, "temperature": 0, "logprobs": 448, "cache_prompt": False}
+
+    def listed(context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        nats, greedy = 0.0, True
+        for place, wanted in enumerate(continuation):
+            request = {**everything, "prompt": context + continuation[:place]}
+            [said] = zeroshot_server.ask(f"{address}/completions", request)["choices"][0]["logprobs"]["content"]
+            nats += next(entry["logprob"] for entry in said["top_logprobs"] if entry["id"] == wanted)
+            greedy &= said["id"] == wanted
+        return nats, greedy
+
+    first = zeroshot_server.ask(f"{address}/completions", {**everything, "prompt": [5, 6, 7]})
+    likeliest = first["choices"][0]["logprobs"]["content"][0]["id"]
+    pairs = [([5, 6, 7], [likeliest]), ([5, 6, 7], [8, 9]), ([5, 6, 7], [8, 10, 11]), ([300], [2, 2])]
+    found = list(zeroshot_server.all_forced(address, name, pairs, 4))
+    expected = [listed(*pair) for pair in pairs]
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected] and found[0][1]
+    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], abs=BATCHED)
+
+
+def test_the_end_is_scored_where_both_are_longer_than_the_context() -> None:
+    assert zeroshot_server.cut([1, 2, 3], [4, 5], 4) == ([2, 3], [4, 5])
+    assert zeroshot_server.cut([1, 2, 3], [4, 5], 9) == ([1, 2, 3], [4, 5])
+
+
+def test_llamacpp_gives_the_tasks_the_scores_of_the_model_that_was_trained(
+    folder: Path, llamacpp: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason=zeroshot.INSTALL)
+    words = ["zeroshot", str(llamacpp[0]), "--tasks-dir", str(folder), "--json", "--tasks", "piqa", "lambada_openai"]
+    capsys.readouterr()
+    results = []
+    for more in ([], ["--server", llamacpp[1]]):
+        assert main([*words, *more]) == 0
+        results.append(json.loads(capsys.readouterr().out)["tasks"])
+    here, there = results
+    assert there["piqa"]["acc"] == here["piqa"]["acc"] and there["piqa"]["rows"] == len(ROWS)
+    assert there["lambada_openai"]["acc"] == here["lambada_openai"]["acc"]
+    assert there["lambada_openai"]["perplexity"] == pytest.approx(here["lambada_openai"]["perplexity"], rel=INT8)
+
+
+def test_a_server_that_keeps_the_probabilities_to_itself_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zeroshot_server, "ask", lambda address, content: {"choices": [{"text": " a"}]})
+    with pytest.raises(LrqatError, match=r"^http://x: does not give the log-probabilities [^\n]*$"):
+        zeroshot_server.check_echo("http://x/v1", "x", "http://x")
+    with pytest.raises(LrqatError, match=r"^http://x/v1: expected token 3 and its log-probability, got [^\n]*$"):
+        zeroshot_server.forced("http://x/v1", "x", [1, 2], [3])
 
 
 def test_nobody_there_is_one_line(folder: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(LrqatError, match=r"^http://127\.0\.0\.1:9/v1/models: no answer [^\n]*lrqat-serve$"):
-        zeroshot.ask("http://127.0.0.1:9/v1/models", None)
+        zeroshot_server.ask("http://127.0.0.1:9/v1/models", None)
