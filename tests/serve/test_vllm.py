@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ MIN_KL_OF_OTHER_WEIGHTS = 100 * MAX_KL
 MAX_KL_INT8 = 1e-2
 MIN_KL_OF_OTHER_WEIGHTS_INT8 = 3 * MAX_KL_INT8
 TOKENS = 96
+FLOAT16 = 0.01  # of a perplexity: vLLM rounds activations to 11 bits
 
 
 def tiny_llama() -> "torch.nn.Module":
@@ -150,24 +152,57 @@ def test_vllm_certifies_a_gptq_directory_and_both_controls_speak(trained_model_d
     assert not certificate["controls"]["negative"]["passed"]
 
 
-@pytest.mark.vllm
-def test_vllm_is_told_apart_from_another_model_over_http_alone(
-    trained_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def served(trained_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, str]]:
+    """A fused checkpoint, its GPTQ directory, and the address of vLLM's server with that."""
     from lrqat.models import locate
     from lrqat.ptq import quantize as round_to_nearest
-    from serve.parity_cli import main
     from serve.running import start
 
-    fused = round_to_nearest(locate(str(trained_model_dir)), Grid.parse("w4g32"), 3.5, (), torch.bfloat16, tmp_path)
-    out = gptq.write(FusedCheckpoint.load(fused), tmp_path / "exported")
+    folder = tmp_path_factory.mktemp("served")
+    fused = round_to_nearest(locate(str(trained_model_dir)), Grid.parse("w4g32"), 3.5, (), torch.bfloat16, folder)
+    out = gptq.write(FusedCheckpoint.load(fused), folder / "exported")
     with start(out, threads=1, ctx=512) as server:
-        assert main([str(fused), str(out), "--url", server.url, "--threads", "1"]) == 0
-        assert main([str(fused), str(out), "--url", server.url, "--threads", "1", "--seq-len", "600"]) == 2
-        assert "status 400" in capsys.readouterr().err.splitlines()[-1]  # too long a prompt
+        yield fused, out, server.url
+
+
+@pytest.mark.vllm
+def test_vllm_is_told_apart_from_another_model_over_http_alone(
+    served: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from serve.parity_cli import main
+
+    fused, out, url = served
+    assert main([str(fused), str(out), "--url", url, "--threads", "1"]) == 0
+    assert main([str(fused), str(out), "--url", url, "--threads", "1", "--seq-len", "600"]) == 2
+    assert "status 400" in capsys.readouterr().err.splitlines()[-1]  # too long a prompt
     found = json.loads((out / "http.certificate.json").read_text())
     assert found["verdict"] == "pass" and found["token_ids_equal"]
     assert found["logits"]["figures"]["positions"] == 383 and not found["controls"]["negative"]["passed"]
+
+
+@pytest.mark.vllm
+def test_vllm_gives_zero_shot_tasks_the_scores_of_the_model_that_was_trained(
+    served: tuple[Path, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    from lrqat.cli import main
+
+    fused, out, url = served
+    words = [{"text": text} for text in ("Once upon a time there was a little girl", "The dog ran to the big tree")]
+    (tmp_path / "lambada_openai.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
+    asked = {"query": "The function returns the value of", "choices": ["the argument.", "of the a if."], "gold": 0}
+    (tmp_path / "hellaswag.jsonl").write_text(f"{json.dumps(asked)}\n" * 2)
+    flags = ["--tasks-dir", str(tmp_path), "--json", "--tasks", "hellaswag", "lambada_openai"]
+    results = []
+    for more in ([str(fused)], [str(out), "--server", url]):
+        capsys.readouterr()
+        assert main(["zeroshot", *more, *flags]) == 0
+        results.append(json.loads(capsys.readouterr().out)["tasks"])
+    here, there = results
+    assert there["hellaswag"]["acc"] == here["hellaswag"]["acc"] == 1
+    assert there["lambada_openai"]["acc"] == here["lambada_openai"]["acc"]
+    assert there["lambada_openai"]["perplexity"] == pytest.approx(here["lambada_openai"]["perplexity"], rel=FLOAT16)
 
 
 @pytest.mark.vllm
