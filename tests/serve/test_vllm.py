@@ -90,6 +90,21 @@ def mean_kl(reference_TV: Tensor, other_TV: Tensor) -> float:
     return (reference_TV.exp() * (reference_TV - other_TV)).sum(-1).mean().item()
 
 
+@pytest.mark.vllm  # first, as it takes as long as all others on the other core
+def test_vllm_servers_are_measured_in_pairs(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from lrqat.data import default_texts
+    from lrqat.models import locate
+    from lrqat.ptq import quantize as round_to_nearest
+    from serve.bench import Settings, bench
+
+    fused = round_to_nearest(locate(str(tiny_model_dir)), Grid.parse("w4g32"), None, (), torch.float16, tmp_path)
+    out = gptq.write(FusedCheckpoint.load(fused), tmp_path / "exported")
+    settings = Settings(prompt_tokens=32, generated_tokens=8, rounds=5, sittings=1)
+    found = bench([out, out], settings, "".join(default_texts()[:5]))
+    assert found["runtime"] == "vllm" and found["layouts"]["B:exported"]["same"]
+    assert all(row["prompt_cpu_s"]["low"] > 0 for row in found["ratios"].values())
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     ("form", "grids", "options"),
@@ -205,21 +220,6 @@ def test_vllm_gives_zero_shot_tasks_the_scores_of_the_model_that_was_trained(
     assert there["hellaswag"]["acc"] == here["hellaswag"]["acc"] == 1
     assert there["lambada_openai"]["acc"] == here["lambada_openai"]["acc"]
     assert there["lambada_openai"]["perplexity"] == pytest.approx(here["lambada_openai"]["perplexity"], rel=FLOAT16)
-
-
-@pytest.mark.vllm
-def test_vllm_servers_are_measured_in_pairs(tiny_model_dir: Path, tmp_path: Path) -> None:
-    from lrqat.data import default_texts
-    from lrqat.models import locate
-    from lrqat.ptq import quantize as round_to_nearest
-    from serve.bench import Settings, bench
-
-    fused = round_to_nearest(locate(str(tiny_model_dir)), Grid.parse("w4g32"), None, (), torch.float16, tmp_path)
-    out = gptq.write(FusedCheckpoint.load(fused), tmp_path / "exported")
-    settings = Settings(prompt_tokens=32, generated_tokens=8, rounds=5, sittings=1)
-    found = bench([out, out], settings, "".join(default_texts()[:5]))
-    assert found["runtime"] == "vllm" and found["layouts"]["B:exported"]["same"]
-    assert all(row["prompt_cpu_s"]["low"] > 0 for row in found["ratios"].values())
 
 
 @pytest.mark.vllm
