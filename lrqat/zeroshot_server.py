@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def model_there(source: str, server: str, batch_size: int) -> Any:
     class Forced(LocalCompletionsAPI):
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[Score]:
             pairs = [cut(context, continuation, self.max_length) for _, context, continuation in requests]
-            return list(all_forced(address, name, pairs, batch_size))
+            return all_forced(address, name, pairs, batch_size)
 
     folder = Path(source).expanduser()
     folder = folder / "fused" if (folder / "fused" / "fused.json").is_file() else folder
@@ -93,12 +93,12 @@ def cut(context: Sequence[int], continuation: Sequence[int], length: int) -> Pai
     return context[max(0, len(context) + len(continuation) - length) :], continuation
 
 
-def all_forced(address: str, name: str, pairs: Sequence[Pair], batch_size: int) -> Iterator[Score]:
+def all_forced(address: str, name: str, pairs: Sequence[Pair], batch_size: int) -> list[Score]:
     """`forced` of every pair in their order, `batch_size` of them at a time."""
     with ThreadPoolExecutor(batch_size) as pool:
         try:
             scores = [pool.submit(forced, address, name, *pair) for pair in pairs]
-            yield from (score.result() for score in bar(scores, "llama.cpp"))
+            return [score.result() for score in bar(scores, "llama.cpp")]
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -191,7 +191,7 @@ def test_llamacpp_scores_a_forced_continuation_as_its_own_listed_probabilities(l
     first = zeroshot_server.ask(f"{address}/completions", {**everything, "prompt": [5, 6, 7]})
     likeliest = first["choices"][0]["logprobs"]["content"][0]["id"]
     pairs = [([5, 6, 7], [likeliest]), ([5, 6, 7], [8, 9]), ([5, 6, 7], [8, 10, 11]), ([300], [2, 2])]
-    found = list(zeroshot_server.all_forced(address, name, pairs, 4))
+    found = zeroshot_server.all_forced(address, name, pairs, 4)
     expected = [listed(*pair) for pair in pairs]
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected] and found[0][1]
     assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], abs=BATCHED)

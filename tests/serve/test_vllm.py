@@ -149,14 +149,31 @@ def test_vllm_serves_the_weights_that_were_trained(
     assert mean_kl(logprobs_TV(model, others, tokens), ours_TV) >= least
 
 
-@pytest.mark.vllm
-def test_vllm_certifies_a_gptq_directory_and_both_controls_speak(trained_model_dir: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def exported(trained_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A fused checkpoint and its GPTQ directory."""
     from lrqat.models import locate
     from lrqat.ptq import quantize as round_to_nearest
+
+    folder = tmp_path_factory.mktemp("exported")
+    fused = round_to_nearest(locate(str(trained_model_dir)), Grid.parse("w4g32"), 3.5, (), torch.bfloat16, folder)
+    return fused, gptq.write(FusedCheckpoint.load(fused), folder / "exported")
+
+
+@pytest.fixture(scope="module")
+def served(exported: tuple[Path, Path]) -> Iterator[str]:
+    """The address of vLLM's server with that directory."""
+    from serve.running import start
+
+    with start(exported[1], threads=1, ctx=512) as server:
+        yield server.url
+
+
+@pytest.mark.vllm
+def test_vllm_certifies_a_gptq_directory_and_both_controls_speak(exported: tuple[Path, Path]) -> None:
     from serve.parity import certify, runtime_for
 
-    fused = round_to_nearest(locate(str(trained_model_dir)), Grid.parse("w4g32"), 3.5, (), torch.bfloat16, tmp_path)
-    out = gptq.write(FusedCheckpoint.load(fused), tmp_path / "exported")
+    fused, out = exported
     runtime = runtime_for(out, None, threads=1, python=sys.executable, dtype="float16")
 
     certificate = certify(fused, out, runtime, texts=[], count=2, length=192, controls=True)
@@ -167,30 +184,16 @@ def test_vllm_certifies_a_gptq_directory_and_both_controls_speak(trained_model_d
     assert not certificate["controls"]["negative"]["passed"]
 
 
-@pytest.fixture(scope="module")
-def served(trained_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, str]]:
-    """A fused checkpoint, its GPTQ directory, and the address of vLLM's server with that."""
-    from lrqat.models import locate
-    from lrqat.ptq import quantize as round_to_nearest
-    from serve.running import start
-
-    folder = tmp_path_factory.mktemp("served")
-    fused = round_to_nearest(locate(str(trained_model_dir)), Grid.parse("w4g32"), 3.5, (), torch.bfloat16, folder)
-    out = gptq.write(FusedCheckpoint.load(fused), folder / "exported")
-    with start(out, threads=1, ctx=512) as server:
-        yield fused, out, server.url
-
-
 @pytest.mark.vllm
 @pytest.mark.xdist_group("served")
 def test_vllm_is_told_apart_from_another_model_over_http_alone(
-    served: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
+    exported: tuple[Path, Path], served: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from serve.parity_cli import main
 
-    fused, out, url = served
-    assert main([str(fused), str(out), "--url", url, "--threads", "1"]) == 0
-    assert main([str(fused), str(out), "--url", url, "--threads", "1", "--seq-len", "600"]) == 2
+    fused, out = exported
+    assert main([str(fused), str(out), "--url", served, "--threads", "1"]) == 0
+    assert main([str(fused), str(out), "--url", served, "--threads", "1", "--seq-len", "600"]) == 2
     assert "status 400" in capsys.readouterr().err.splitlines()[-1]  # too long a prompt
     found = json.loads((out / "http.certificate.json").read_text())
     assert found["verdict"] == "pass" and found["token_ids_equal"]
@@ -200,19 +203,19 @@ def test_vllm_is_told_apart_from_another_model_over_http_alone(
 @pytest.mark.vllm
 @pytest.mark.xdist_group("served")
 def test_vllm_gives_zero_shot_tasks_the_scores_of_the_model_that_was_trained(
-    served: tuple[Path, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: tuple[Path, Path], served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval")
     from lrqat.cli import main
 
-    fused, out, url = served
+    fused, out = exported
     words = [{"text": text} for text in ("Once upon a time there was a little girl", "The dog ran to the big tree")]
     (tmp_path / "lambada_openai.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
     asked = {"query": "The function returns the value of", "choices": ["the argument.", "of the a if."], "gold": 0}
     (tmp_path / "hellaswag.jsonl").write_text(f"{json.dumps(asked)}\n" * 2)
     flags = ["--tasks-dir", str(tmp_path), "--json", "--tasks", "hellaswag", "lambada_openai"]
     results = []
-    for more in ([str(fused)], [str(out), "--server", url]):
+    for more in ([str(fused)], [str(out), "--server", served]):
         capsys.readouterr()
         assert main(["zeroshot", *more, *flags]) == 0
         results.append(json.loads(capsys.readouterr().out)["tasks"])
