@@ -29,7 +29,7 @@ test: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile --durations 25
 
 test-slow: $(VENV)/.model
 	$(VENV)/bin/python -m pytest -m slow
@@ -45,7 +45,7 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 vllm-parity: $(VLLM_VENV)/.ready
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n auto --dist loadgroup -m vllm tests/serve/test_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n auto --dist loadgroup --durations 5 -m vllm tests/serve/test_vllm.py
 	$(VLLM_VENV)/bin/python -m pytest tests/lrqat/test_zeroshot.py
 
 format:

@@ -62,7 +62,7 @@ def zeroshot_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tasks-dir", required=True, type=Path, metavar="DIR", help="where the tasks' files lie")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N rows of every task")
     p.add_argument("--server", metavar="URL", help="ask this server, vLLM or llama.cpp, instead of running here")
-    p.add_argument("--batch-size", type=int, default=8, help="prompts at a time (8)")
+    p.add_argument("--batch-size", type=int, help="continuations at a time (32, of a server 8)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation here (float32)")
     p.add_argument("--out", type=Path, metavar="JSON", help="write the result there too")
     rounding_flags(p)
@@ -71,7 +71,7 @@ def zeroshot_flags(p: argparse.ArgumentParser) -> None:
 
 def zeroshot_command(args: argparse.Namespace) -> int:
     """Body of `lrqat zeroshot`."""
-    from lrqat import zeroshot, zeroshot_server
+    from lrqat import zeroshot, zeroshot_here, zeroshot_server
 
     wanted = zeroshot.parse_tasks(args.tasks)
     for name, value, least in (("limit", args.limit, 2), ("batch-size", args.batch_size, 1)):
@@ -82,9 +82,11 @@ def zeroshot_command(args: argparse.Namespace) -> int:
     zeroshot.check_installed()
     tasks = zeroshot.make_tasks(wanted, args.tasks_dir.expanduser())
     if args.server:
-        model, rounding = zeroshot_server.model_there(args.model, args.server, args.batch_size), None
+        model, rounding = zeroshot_server.model_there(args.model, args.server, args.batch_size or 8), None
     else:
-        model, rounding = zeroshot.model_here(args.model, args.dtype, args.activations, args.kv, args.batch_size)
+        model, rounding = zeroshot_here.model_here(
+            args.model, args.dtype, args.activations, args.kv, args.batch_size or 32
+        )
     table = zeroshot.measure(model, tasks, args.limit)
     mean = zeroshot.average(table)
     result = {"model": args.model, "server": args.server, "rounding": rounding, "tasks": table, "average": mean}

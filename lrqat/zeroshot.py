@@ -8,8 +8,8 @@
 The files are those of mosaicml/llm-foundry (scripts/eval/local_data), klosax/hellaswag_text_data and EleutherAI's
 lambada_openai; prompts, choices and metrics are those of lm-eval's tasks of the same names. Nothing is downloaded.
 
-A model here is lm-eval's own HFLM around the fake-quant model, rounding beside its weights what its training did; what
-a server is asked, `lrqat.zeroshot_server` says.
+`lrqat.zeroshot_here` scores the fake-quant model, rounding beside its weights what its training did; what a server is
+asked, `lrqat.zeroshot_server` says.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from lrqat.errors import LrqatError
+
+Score = tuple[float, bool]  # nats of a continuation; whether each of its tokens is the likeliest
+Pair = tuple[Sequence[int], Sequence[int]]  # context and continuation
 
 CHOICES = {
     "output_type": "multiple_choice",
@@ -134,6 +137,11 @@ def _splits(dataset: Any, **_: Any) -> dict[str, Any]:
     return {"test": dataset}
 
 
+def cut(context: Sequence[int], continuation: Sequence[int], length: int) -> Pair:
+    """At most `length` tokens of both, the context's first ones being left out."""
+    return context[max(0, len(context) + len(continuation) - length) :], continuation
+
+
 def check_installed() -> None:
     """Refuse in one line where lm-eval is missing."""
     try:
@@ -142,18 +150,6 @@ def check_installed() -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # of its warnings none is about what is done here
     except ImportError:
         raise LrqatError(f"zeroshot: needs lm-eval; {INSTALL}") from None
-
-
-def model_here(source: str, dtype: str, activations: str | None, kv: str | None, batch_size: int) -> tuple[Any, str]:
-    """(lm-eval's HFLM around a model by name, what it rounds beside its weights)."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    from lrqat.evaluate import load_any, rounding_of
-
-    rounding = rounding_of(source, activations, kv)
-    model, tokenizer = load_any(source, getattr(torch, dtype), rounding)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)), str(rounding)
 
 
 def measure(model: Any, tasks: list[Any], limit: int | None) -> dict[str, Any]:

@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import json
 import math
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lrqat.client import call
 from lrqat.console import bar
 from lrqat.errors import LrqatError
+from lrqat.zeroshot import Pair, Score, cut
 
-Score = tuple[float, bool]  # nats of a continuation; whether each of its tokens is the likeliest
-Pair = tuple[Sequence[int], Sequence[int]]  # context and continuation
-
-SECONDS = 300  # that a server may take to answer
 LENGTH = 2048  # tokens of a prompt, where the server tells no limit
 FORCE = 1e4  # added to a logit; they differ by tens
 LEAST = -149 * math.log(2)  # float32's smallest probability; for a smaller one llama.cpp says -3e38
@@ -49,8 +46,8 @@ def model_there(source: str, server: str, batch_size: int) -> Any:
     folder = folder / "fused" if (folder / "fused" / "fused.json").is_file() else folder
     if not (folder / "tokenizer.json").is_file():
         raise LrqatError(f"{source}: no tokenizer.json; with --server, name the directory of the model that it serves")
-    address = f"{server.rstrip('/').removesuffix('/v1')}/v1"
-    served = ask(f"{address}/models", None)
+    address = server.rstrip("/").removesuffix("/v1")
+    served = call(address, "/v1/models")
     try:
         model = served["data"][0]
         name, llamacpp = str(model["id"]), model.get("owned_by") == "llamacpp"
@@ -60,9 +57,9 @@ def model_there(source: str, server: str, batch_size: int) -> Any:
     if llamacpp:
         forced(address, name, [1, 2, 3], [4])
     else:
-        check_echo(address, name, server)
+        check_echo(address, name)
     return (Forced if llamacpp else LocalCompletionsAPI)(
-        base_url=f"{address}/completions",
+        base_url=f"{address}/v1/completions",
         model=name,
         tokenizer=str(folder),
         tokenizer_backend="huggingface",
@@ -71,11 +68,11 @@ def model_there(source: str, server: str, batch_size: int) -> Any:
     )
 
 
-def check_echo(address: str, name: str, server: str) -> None:
+def check_echo(address: str, name: str) -> None:
     """Refuse a server that keeps the prompt's log-probabilities to itself."""
     prompt = [1, 2, 3, 4]
     request = {"model": name, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-    answer = ask(f"{address}/completions", request)
+    answer = call(address, "/v1/completions", request)
     try:
         found = answer["choices"][0]["logprobs"]["token_logprobs"]
         told = len(found) == len(prompt) + 1 and all(isinstance(value, float) for value in found[1:])
@@ -83,14 +80,9 @@ def check_echo(address: str, name: str, server: str) -> None:
         told = False
     if not told:
         raise LrqatError(
-            f"{server}: does not give the log-probabilities of a prompt's tokens; serve with vLLM or llama.cpp, or "
+            f"{address}: does not give the log-probabilities of a prompt's tokens; serve with vLLM or llama.cpp, or "
             "judge the fused checkpoint: its weights are the same bits"
         )
-
-
-def cut(context: Sequence[int], continuation: Sequence[int], length: int) -> Pair:
-    """At most `length` tokens of both, the context's first ones being left out."""
-    return context[max(0, len(context) + len(continuation) - length) :], continuation
 
 
 def all_forced(address: str, name: str, pairs: Sequence[Pair], batch_size: int) -> list[Score]:
@@ -107,7 +99,7 @@ def forced(address: str, name: str, context: Sequence[int], continuation: Sequen
     """A continuation's log-probability, from llama.cpp's server.
 
     Args:
-        address: that ends in /v1.
+        address: the server's.
         name: the model's.
         context: tokens, at least one.
         continuation: tokens, at least one.
@@ -123,7 +115,7 @@ def forced(address: str, name: str, context: Sequence[int], continuation: Sequen
             "logit_bias": [[wanted, FORCE]],
             "cache_prompt": True,
         }
-        answer = ask(f"{address}/completions", request)
+        answer = call(address, "/v1/completions", request)
         try:
             [said] = answer["choices"][0]["logprobs"]["content"]
             found, likeliest, value = said["id"], said["top_logprobs"][0], float(said["logprob"])
@@ -136,14 +128,3 @@ def forced(address: str, name: str, context: Sequence[int], continuation: Sequen
             )
         nats += max(value, LEAST)
     return nats, greedy
-
-
-def ask(address: str, content: dict[str, Any] | None) -> Any:
-    """The JSON that a server answers."""
-    data = None if content is None else json.dumps(content).encode()
-    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            return json.loads(answer.read())
-    except (OSError, ValueError) as error:
-        raise LrqatError(f"{address}: no answer ({error}); start one with lrqat-serve") from None

@@ -53,9 +53,10 @@ from typing import Any
 
 import numpy as np
 
+from lrqat import client
 from lrqat.console import log
 from lrqat.errors import LrqatError
-from serve import client, meter
+from serve import meter
 from serve.certificate import file_hashes, machine
 from serve.launch import examine, has_cuda
 from serve.layout import Layout, compare, layout, sentence

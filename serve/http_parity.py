@@ -26,13 +26,13 @@ import numpy as np
 
 from exporters.formats import as_stored, detect
 from exporters.verify import count_equal
+from lrqat.client import call
 from lrqat.console import log
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint
 from lrqat.models import fused_tokenizer
 from serve import certificate as certificates
-from serve.client import call
 from serve.compare import Comparison, Limits, disturbed, over_http, within
 from serve.parity import (
     HARD_TEXT,

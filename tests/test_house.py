@@ -38,6 +38,7 @@ HANDOVER |= {
     "lrqat.models",
     "lrqat.data",
     "lrqat.console",
+    "lrqat.client",
     "lrqat.pretokenizers",
 }
 # Rounding in one go: what tells a re-rounded model from ours, and how kernels round activations.

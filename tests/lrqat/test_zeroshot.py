@@ -6,6 +6,7 @@ import bz2
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from lrqat import zeroshot, zeroshot_server
+from lrqat import zeroshot, zeroshot_here, zeroshot_server
 from lrqat.cli import main
+from lrqat.client import call
 from lrqat.errors import LrqatError
+from lrqat.kv import round_kv
 from lrqat.zeroshot import average, capitalized, parse_tasks, rows_of
 
 BATCHED = 0.01  # nats; llama.cpp sums several tokens' products in another order, which flips int8 roundings: .0015 seen
@@ -160,6 +163,49 @@ def test_scores_are_those_of_the_models_own_logits(
     assert found["tasks"]["lambada_openai"]["perplexity"] == pytest.approx(perplexity, rel=FLOAT32 * 10)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+@pytest.mark.parametrize("kv", [None, 8])
+def test_a_context_read_once_gives_each_continuation_the_score_of_a_row_of_its_own(
+    tiny_model_dir: Path, kv: int | None, batch_size: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    if kv is not None:
+        round_kv(model, kv)
+    pairs = [
+        ([7, 8, 9], [1]),
+        ([5], [6, 7]),  # one token: nothing to keep
+        ([7, 8, 9], [1, 2, 3, 4]),
+        ([7, 8, 10], [11, 12]),  # as long, other tokens
+        ([7, 8, 10], [1, 2, 3]),
+        ([7, 8, 9], [1]),  # again
+        ([5], [9]),
+        ([9, 8, 7, 6], [5]),
+        *(([20, 21, 22, 23, 24], [token, token]) for token in range(7)),
+    ]
+    found = zeroshot_here.scores(model, pairs, batch_size)
+    for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
+        ids = torch.tensor([[*context, *continuation]])
+        with torch.no_grad():
+            log_p_TV = model(ids).logits[0, len(context) - 1 : -1].log_softmax(1)
+        each = log_p_TV.gather(1, ids[0, len(context) :, None])[:, 0]
+        assert value == pytest.approx(each.sum().item(), abs=FLOAT32)
+        assert greedy == (log_p_TV.argmax(1) == ids[0, len(context) :]).all()
+
+
+def test_batches_hold_contexts_of_one_length_and_no_more_continuations_than_asked_for() -> None:
+    pairs = [([1] * length, [2] * more) for length in (3, 1, 3, 2) for more in range(1, 6)]
+    pairs += [([1, place], [2]) for place in range(9)]
+    found = zeroshot_here.batches(pairs, 4)
+    assert sorted(place for places in found for place in places) == list(range(len(pairs)))
+    for places in found:
+        assert len(places) <= 4
+        contexts = [tuple(pairs[place][0]) for place in places]
+        assert len({len(context) for context in contexts}) == 1 and len(set(Counter(contexts).values())) == 1
+        assert contexts == sorted(contexts, key=contexts.index)  # one context's stand side by side
+
+
 @pytest.fixture
 def llamacpp(tiny_model_dir: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A fused checkpoint, and the address of llama.cpp's server with its GGUF file."""
@@ -175,20 +221,20 @@ def llamacpp(tiny_model_dir: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]
 
 
 def test_llamacpp_scores_a_forced_continuation_as_its_own_listed_probabilities(llamacpp: tuple[Path, str]) -> None:
-    address = f"{llamacpp[1]}/v1"
-    name = zeroshot_server.ask(f"{address}/models", None)["data"][0]["id"]
+    address = llamacpp[1]
+    name = call(address, "/v1/models")["data"][0]["id"]
     everything = {"model": name, "max_tokens": 1, "temperature": 0, "logprobs": 448, "cache_prompt": False}
 
     def listed(context: list[int], continuation: list[int]) -> tuple[float, bool]:
         nats, greedy = 0.0, True
         for place, wanted in enumerate(continuation):
             request = {**everything, "prompt": context + continuation[:place]}
-            [said] = zeroshot_server.ask(f"{address}/completions", request)["choices"][0]["logprobs"]["content"]
+            [said] = call(address, "/v1/completions", request)["choices"][0]["logprobs"]["content"]
             nats += next(entry["logprob"] for entry in said["top_logprobs"] if entry["id"] == wanted)
             greedy &= said["id"] == wanted
         return nats, greedy
 
-    first = zeroshot_server.ask(f"{address}/completions", {**everything, "prompt": [5, 6, 7]})
+    first = call(address, "/v1/completions", {**everything, "prompt": [5, 6, 7]})
     likeliest = first["choices"][0]["logprobs"]["content"][0]["id"]
     pairs = [([5, 6, 7], [likeliest]), ([5, 6, 7], [8, 9]), ([5, 6, 7], [8, 10, 11]), ([300], [2, 2])]
     found = zeroshot_server.all_forced(address, name, pairs, 4)
@@ -198,8 +244,8 @@ def test_llamacpp_scores_a_forced_continuation_as_its_own_listed_probabilities(l
 
 
 def test_the_end_is_scored_where_both_are_longer_than_the_context() -> None:
-    assert zeroshot_server.cut([1, 2, 3], [4, 5], 4) == ([2, 3], [4, 5])
-    assert zeroshot_server.cut([1, 2, 3], [4, 5], 9) == ([1, 2, 3], [4, 5])
+    assert zeroshot.cut([1, 2, 3], [4, 5], 4) == ([2, 3], [4, 5])
+    assert zeroshot.cut([1, 2, 3], [4, 5], 9) == ([1, 2, 3], [4, 5])
 
 
 def test_llamacpp_gives_the_tasks_the_scores_of_the_model_that_was_trained(
@@ -219,13 +265,8 @@ def test_llamacpp_gives_the_tasks_the_scores_of_the_model_that_was_trained(
 
 
 def test_a_server_that_keeps_the_probabilities_to_itself_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zeroshot_server, "ask", lambda address, content: {"choices": [{"text": " a"}]})
+    monkeypatch.setattr(zeroshot_server, "call", lambda url, path, body: {"choices": [{"text": " a"}]})
     with pytest.raises(LrqatError, match=r"^http://x: does not give the log-probabilities [^\n]*$"):
-        zeroshot_server.check_echo("http://x/v1", "x", "http://x")
-    with pytest.raises(LrqatError, match=r"^http://x/v1: expected token 3 and its log-probability, got [^\n]*$"):
-        zeroshot_server.forced("http://x/v1", "x", [1, 2], [3])
-
-
-def test_nobody_there_is_one_line(folder: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(LrqatError, match=r"^http://127\.0\.0\.1:9/v1/models: no answer [^\n]*lrqat-serve$"):
-        zeroshot_server.ask("http://127.0.0.1:9/v1/models", None)
+        zeroshot_server.check_echo("http://x", "x")
+    with pytest.raises(LrqatError, match=r"^http://x: expected token 3 and its log-probability, got [^\n]*$"):
+        zeroshot_server.forced("http://x", "x", [1, 2], [3])
