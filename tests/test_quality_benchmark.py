@@ -369,3 +369,21 @@ def test_labels_are_moved_apart_and_keep_their_order() -> None:
     found = apart([0.5, 0.49, 0.48, 0.0], 0.05)
     assert found == pytest.approx([0.5, 0.45, 0.4, 0.0])
     assert apart([0.02, 0.01], 0.05) == pytest.approx([0.05, 0.0])
+
+
+def test_a_table_of_rows_from_several_machines_says_which_is_whose() -> None:
+    scores = {"kl": 0.1, "perplexity": 20.0, "word_perplexity": 50.0, "top1": 0.9}
+    shared = {"grid": "w3", "tool": "lrqat", "version": "0", "method": "rtn", "bits_per_weight": 3.0, "settings": {}}
+    shared |= {"seed": None, "valid": scores, "core_minutes": 2.0, "peak_memory_gb": 1.0}
+    slow, fast = ({"processor": name, "gflops": speed} for name, speed in (("A", 54.6), ("B", 120.0)))
+    text = {"text": "x", "sha256": "", "seq_len": 8, "blocks": 1}
+
+    def written(*machines: dict[str, Any]) -> str:
+        results = [{**shared, "name": str(place), "machine": one} for place, one in enumerate(machines)]
+        found = {"model": "m", "valid": text, "test": None, "zeroshot": None, **table.lines(results)}
+        return table.markdown(found)
+
+    assert "of one thread of A at 55 GFLOP/s" in written(slow) and "| of |" not in written(slow)
+    both = written(slow, fast)
+    assert "(a) A at 55 GFLOP/s; (b) B at 120 GFLOP/s" in both
+    assert "| 2 | a | 1.00 |" in both and "| 2 | b | 1.00 |" in both

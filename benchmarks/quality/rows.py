@@ -14,7 +14,9 @@ import fcntl
 import math
 import os
 import shutil
+import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import lrqat
@@ -34,8 +37,10 @@ from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, SafetensorsDirectory
 from lrqat.hashing import sha256
 from lrqat.jsonfile import read_json, write_json
+from serve.certificate import processor
 
 REFERENCE = "reference"  # label of the full-precision model
+PRODUCTS = 50  # that tell how fast the machine is
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Bench:
     model_sha256: str
     data: list[str]
     lock: int
+    machine: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     @contextmanager
@@ -110,7 +116,7 @@ class Bench:
                 raise LrqatError(f"{out}: holds results of another --{flag} ({before.get(flag)}); name another --out")
         with locked(out) as lock:
             write_json(path, said)
-            yield cls(out, said["model"], said["model_sha256"], said["data"], lock)
+            yield cls(out, said["model"], said["model_sha256"], said["data"], lock, machine())
 
     @classmethod
     @contextmanager
@@ -304,6 +310,7 @@ def execute(
         "peak_memory_gb": max(cost["peak_memory_gb"] for cost in known),
         "cost_is_a_lower_bound": len(known) < len(attempts),
         "threads": children.threads,
+        "machine": bench.machine,
         "codes_moved": said.get("codes_moved"),
         "source": str(run_folder.relative_to(bench.out)),
     }
@@ -324,6 +331,21 @@ def score(bench: Bench, label: str, text: Text, children: Children) -> None:
     figures = children.answer(ended, log_file)
     write_json(path, {**read_json(path), text.kind: {**text.identity, **figures}})
     log(f"{label}: {text.kind} KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f}")
+
+
+def machine() -> dict[str, Any]:
+    """What a core-minute is worth here: the processor, and GFLOP/s of one thread on a layer's float32 product."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    left, right = torch.ones(512, 576), torch.ones(576, 1536)
+    seconds = []
+    for _ in range(PRODUCTS):
+        began = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    speed = 2 * left.numel() * right.shape[1] / statistics.median(seconds) / 1e9
+    return {"processor": processor(), "gflops": round(speed, 1)}
 
 
 def full_precision(bench: Bench) -> tuple[str, float]:

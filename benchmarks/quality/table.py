@@ -82,6 +82,7 @@ def line(group: list[dict[str, Any]]) -> dict[str, Any]:
     found["seeds"] = sorted(result["seed"] for result in group if result["seed"] is not None)
     found |= {key: spread(result.get(key) for result in group) for key in COSTS}
     found["code_sha256"] = sorted({result["code_sha256"] for result in group if "code_sha256" in result})
+    found["machines"] = sorted({told_of(result["machine"]) for result in group if "machine" in result})
     found["cost_is_a_lower_bound"] = any(result.get("cost_is_a_lower_bound") for result in group)
     for kind in KINDS:
         whole = all(kind in result for result in group)
@@ -90,6 +91,11 @@ def line(group: list[dict[str, Any]]) -> dict[str, Any]:
     found["zeroshot"] = spread(one and one["average"]["acc"] for one in told)
     found["zeroshot_stderr"] = spread(one and one["average"]["acc_stderr"] for one in told)
     return found
+
+
+def told_of(machine: Mapping[str, Any]) -> str:
+    """A processor and what a core-minute on it is worth."""
+    return f"{machine['processor']} at {machine['gflops']:.0f} GFLOP/s"
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float] | None:
@@ -109,11 +115,17 @@ def markdown(table: Mapping[str, Any]) -> str:
     ]
     head = ["grid", "row", "tool", "bits", "runs"]
     head += [f"{name}, {kind}" for kind in kinds for name in ("KL", "perplexity", "per word", "top-1")]
-    head += ["core-min", "GB", "codes moved"]
+    machines = sorted({one for row in table["rows"] for one in row["machines"]})
+    head += ["core-min", *(["of"] if len(machines) > 1 else []), "GB", "codes moved"]
     zeroshot = table["zeroshot"]
     head += ["zero-shot"] if zeroshot else []
     codes = {one for row in table["rows"] for one in row["code_sha256"]}
     notes = f" Made by {len(codes)} versions of lrqat's code, which quality.json names." if len(codes) > 1 else ""
+    if machines:
+        each = (
+            "; ".join(f"({letter(place)}) {one}" for place, one in enumerate(machines)) if machines[1:] else machines[0]
+        )
+        notes += f" A core-minute is of one thread of {each}, float32."
     if zeroshot:
         tasks = ", ".join(f"{name} ({count})" for name, count in zeroshot.items())
         notes += f" Zero-shot: mean accuracy and its standard error, {tasks}."
@@ -135,13 +147,21 @@ def markdown(table: Mapping[str, Any]) -> str:
             formats = (".4f", ".5g", ".5g", ".3f")
             cells += [shown(figures[key], form) for key, form in zip(SCORES, formats, strict=True)]
         least = ">= " if row["cost_is_a_lower_bound"] else ""
-        cells += [(least + shown(row["core_minutes"], ".3g")).strip(), shown(row["peak_memory_gb"], ".2f")]
+        cells += [(least + shown(row["core_minutes"], ".3g")).strip()]
+        if len(machines) > 1:
+            cells += [" ".join(letter(machines.index(one)) for one in row["machines"])]
+        cells += [shown(row["peak_memory_gb"], ".2f")]
         cells += [shown(row["codes_moved"], ".2%")]
         if zeroshot:
             error = row["zeroshot_stderr"]
             cells += [shown(row["zeroshot"], ".4f") + (f" ± {error['mean']:.4f}" if error else "")]
         written.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(written) + "\n"
+
+
+def letter(place: int) -> str:
+    """Which machine of the note above the table."""
+    return chr(ord("a") + place)
 
 
 def shown(found: Mapping[str, float] | None, form: str) -> str:

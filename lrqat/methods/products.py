@@ -6,7 +6,7 @@ There torch multiplies bfloat16 at a fifth of float32's speed (26 and 120 GFLOP/
 of both factors are widened to float32, where every 16-bit number is exact, and the sums are rounded as they would be:
 nothing changes but their order. A dL/dW that is used up at once is not rounded at all (`product_dtype`), so gradients
 differ between such processors and others by its rounding. Three blocks lie in `lrqat.methods.place`, whatever the size.
-Wherever a processor has the instructions, and on a GPU, it is torch's own product; so it is for a few rows.
+Wherever a processor has the instructions, and on a GPU, it is torch's own product; so is X W^T of a few rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from lrqat.methods.place import passing
 
 BLOCK = 1024  # rows and columns: of a whole block, widening costs a tenth of the product; three take 12 MB
-FEW = 32  # rows, below which widening the other factor costs more than it saves
+FEW = 16  # rows, below which widening W costs more than it saves in X W^T; dY W pays at one (6 times; 30 at 8)
 
 # What `torch.cpu.get_capabilities` calls what oneDNN's products need, of x86 and of ARM.
 INSTRUCTIONS = {
@@ -58,7 +58,7 @@ def product(
         bias_N: added before rounding.
         out: where the result goes, [M, N]; of `product_dtype`, if not of the factors'.
     """
-    few = len(left_MK) < FEW and (out is None or out.dtype == left_MK.dtype)
+    few = len(left_MK) < FEW and right_KN.stride(0) == 1 and (out is None or out.dtype == left_MK.dtype)
     if few or not widens(left_MK.dtype, left_MK.device.type):
         if bias_N is None:
             return torch.mm(left_MK, right_KN, out=out)

@@ -60,3 +60,19 @@ def test_a_processor_with_the_instructions_uses_them(named: str | None, monkeypa
 def test_a_torch_that_cannot_tell_leaves_products_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert not products.widens(torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize(("rows", "torchs"), [(1, True), (products.FEW - 1, True), (products.FEW, False)])
+def test_of_few_rows_torch_multiplies_by_w_transposed_and_never_by_w(
+    rows: int, torchs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widened: list[str] = []
+    wide = products._wide
+    monkeypatch.setattr(products, "widens", lambda dtype, device: True)
+    monkeypatch.setattr(products, "_wide", lambda block, use: widened.append(use) or wide(block, use))
+    x, w, dy = (torch.randn(size, dtype=torch.bfloat16) for size in ((rows, 24), (40, 24), (rows, 40)))
+    product(x, w.T)
+    assert (widened == []) == torchs
+    widened.clear()
+    product(dy, w)
+    assert widened == ["left", "right"]

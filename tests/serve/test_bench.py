@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from exporters import gguf, gptq
+from lrqat import client
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint
 from lrqat.grid import Grid
 from lrqat.models import locate
 from lrqat.ptq import quantize
-from serve import bench, bench_cli, client, layout, meter
+from serve import bench, bench_cli, layout, meter
 from serve.running import start
 
 pytest.importorskip("xllamacpp", reason="pip install 'lrqat[llamacpp]'")
