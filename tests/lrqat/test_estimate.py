@@ -86,7 +86,7 @@ def test_checkpointing_keeps_a_layers_input_and_offload_a_layers_weights(tiny_mo
     assert all(saved[k] == whole[k] for k in whole.keys() - {"packed", "activations", "malloc"})
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_a_training_takes_the_memory_that_was_planned(
     dtype: str, large_model_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

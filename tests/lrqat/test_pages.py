@@ -81,7 +81,7 @@ print(json.dumps({
 SLACK = 24 << 20  # bytes: threads' arenas, a tile's temporaries (2^18 float32 each), Python
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_a_model_becomes_packed_weights_with_one_layer_in_anonymous_memory(
     dtype: str, large_model_dir: Path, tmp_path: Path
 ) -> None:
