@@ -155,6 +155,8 @@ def reason(lines: Sequence[str]) -> str:
         return errors[0]
     if aborts := [match[1] for line in lines if (match := _ABORT.search(line))]:
         return aborts[-1]
+    if any("has no attribute 'cpu_gemm_wna16'" in line for line in lines):
+        return "vLLM has no 4-bit kernels for a CPU without AVX-512; serve with llama.cpp (--format gguf), or elsewhere"
     exceptions = [
         f"{match[1]} {following.partition('[type=')[0].strip()}"
         if following.startswith("  ")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -33,6 +34,15 @@ MAX_KL_INT8 = 1e-2
 MIN_KL_OF_OTHER_WEIGHTS_INT8 = 3 * MAX_KL_INT8
 TOKENS = 96
 FLOAT16 = 0.01  # of a perplexity: vLLM rounds activations to 11 bits
+
+
+# vLLM's library for processors without AVX-512, _C_AVX2, is built without cpu_gemm_wna16 (csrc/cpu: cpu_wna16.cpp).
+FOUR_BITS = pytest.mark.skipif(
+    platform.machine() == "x86_64"
+    and not torch.cuda.is_available()
+    and not getattr(torch.cpu, "get_capabilities", dict)().get("avx512_f", True),
+    reason="vLLM has no 4-bit kernels for a CPU without AVX-512",
+)
 
 
 def tiny_llama() -> "torch.nn.Module":
@@ -90,6 +100,7 @@ def mean_kl(reference_TV: Tensor, other_TV: Tensor) -> float:
     return (reference_TV.exp() * (reference_TV - other_TV)).sum(-1).mean().item()
 
 
+@FOUR_BITS
 @pytest.mark.vllm  # first, as it takes as long as all others on the other core
 def test_vllm_servers_are_measured_in_pairs(tiny_model_dir: Path, tmp_path: Path) -> None:
     from lrqat.data import default_texts
@@ -110,12 +121,25 @@ def test_vllm_servers_are_measured_in_pairs(tiny_model_dir: Path, tmp_path: Path
     ("form", "grids", "options"),
     [
         # Two grids by `dynamic`; one linear stays dense.
-        (gptq, {"layers.1.mlp.down_proj": "", "self_attn": "w4g32", "mlp": "w4"}, {}),
-        (awq, {"layers.1.mlp.down_proj": "", "self_attn": "w4g32-asym", "mlp": "w4g32"}, {}),
-        (compressed_tensors, {"self_attn": "w4g32", "gate": "w4-asym", "up": "w4-asym", "down": "w4g64-asym"}, {}),
-        (compressed_tensors, {"layers.1.mlp.down_proj": "", "": "w8"}, {"activations": "int8"}),
+        pytest.param(
+            *(gptq, {"layers.1.mlp.down_proj": "", "self_attn": "w4g32", "mlp": "w4"}, {}), id="gptq", marks=FOUR_BITS
+        ),
+        pytest.param(
+            *(awq, {"layers.1.mlp.down_proj": "", "self_attn": "w4g32-asym", "mlp": "w4g32"}, {}),
+            id="awq",
+            marks=FOUR_BITS,
+        ),
+        pytest.param(
+            compressed_tensors,
+            {"self_attn": "w4g32", "gate": "w4-asym", "up": "w4-asym", "down": "w4g64-asym"},
+            {},
+            id="w4a16",
+            marks=FOUR_BITS,
+        ),
+        pytest.param(
+            *(compressed_tensors, {"layers.1.mlp.down_proj": "", "": "w8"}, {"activations": "int8"}), id="w8a8"
+        ),
     ],
-    ids=["gptq", "awq", "w4a16", "w8a8"],
 )
 def test_vllm_serves_the_weights_that_were_trained(
     tmp_path: Path, form: Any, grids: dict[str, str], options: dict[str, Any]
@@ -169,6 +193,7 @@ def served(exported: tuple[Path, Path]) -> Iterator[str]:
         yield server.url
 
 
+@FOUR_BITS
 @pytest.mark.vllm
 def test_vllm_certifies_a_gptq_directory_and_both_controls_speak(exported: tuple[Path, Path]) -> None:
     from serve.parity import certify, runtime_for
@@ -184,6 +209,7 @@ def test_vllm_certifies_a_gptq_directory_and_both_controls_speak(exported: tuple
     assert not certificate["controls"]["negative"]["passed"]
 
 
+@FOUR_BITS
 @pytest.mark.vllm
 @pytest.mark.xdist_group("served")
 def test_vllm_is_told_apart_from_another_model_over_http_alone(
@@ -200,6 +226,7 @@ def test_vllm_is_told_apart_from_another_model_over_http_alone(
     assert found["logits"]["figures"]["positions"] == 383 and not found["controls"]["negative"]["passed"]
 
 
+@FOUR_BITS
 @pytest.mark.vllm
 @pytest.mark.xdist_group("served")
 def test_vllm_gives_zero_shot_tasks_the_scores_of_the_model_that_was_trained(
@@ -279,6 +306,10 @@ def interpreter(tmp_path: Path, says: str, status: int = 1) -> Path:
         (
             "ValidationError: 1 validation error\n  Value error, Unsupported\n    For more",
             "error Value error, Unsupported;",
+        ),
+        (
+            "ERROR [core.py:1] AttributeError: '_OpNamespace' '_C' object has no attribute 'cpu_gemm_wna16'",
+            "vLLM has no 4-bit kernels for a CPU without AVX-512",
         ),
         ("killed for lack of memory", "status 1: killed for lack of memory"),
         ("", "status 1: no output"),
