@@ -47,7 +47,7 @@ def lacks(*instructions: str) -> bool:
 # vLLM's library for processors without AVX-512, _C_AVX2, has no cpu_gemm_wna16.
 FOUR_BITS = pytest.mark.skipif(lacks("avx512_f"), reason="vLLM has no 4-bit kernels for a CPU without AVX-512")
 # oneDNN adds pairs of products in 16 bits there, which saturate (its documentation, "Nuances of int8 computations").
-# Measured on Zen 3: KL .041, where 3.8e-3 is right; a certificate fails, as it should.
+# Seen on Zen 3: KL .041, where 3.8e-3 is right.
 INT8 = pytest.mark.skipif(
     lacks("avx512_vnni", "avx_vnni", "amx_int8"), reason="vLLM's int8 products saturate on a CPU without VNNI"
 )
