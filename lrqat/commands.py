@@ -14,6 +14,7 @@ from lrqat.settings import ACTIVATIONS, DTYPES, KV, NONE
 MODEL_HELP = "a Hugging Face directory, a hub id, or a GGUF file"
 KV_HELP = "round keys and values to so many bits, per token and head, as a quantized KV cache"
 ZEROSHOT = ("piqa", "arc_easy", "hellaswag:1000", "lambada_openai")
+BATCH, SERVER_BATCH = 32, 8  # continuations at a time of `zeroshot`
 
 
 def rounding_flags(p: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def zeroshot_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tasks-dir", required=True, type=Path, metavar="DIR", help="where the tasks' files lie")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N rows of every task")
     p.add_argument("--server", metavar="URL", help="ask this server, vLLM or llama.cpp, instead of running here")
-    p.add_argument("--batch-size", type=int, help="continuations at a time (32, of a server 8)")
+    p.add_argument("--batch-size", type=int, help=f"continuations at a time ({BATCH}, of a server {SERVER_BATCH})")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation here (float32)")
     p.add_argument("--out", type=Path, metavar="JSON", help="write the result there too")
     rounding_flags(p)
@@ -82,10 +83,10 @@ def zeroshot_command(args: argparse.Namespace) -> int:
     zeroshot.check_installed()
     tasks = zeroshot.make_tasks(wanted, args.tasks_dir.expanduser())
     if args.server:
-        model, rounding = zeroshot_server.model_there(args.model, args.server, args.batch_size or 8), None
+        model, rounding = zeroshot_server.model_there(args.model, args.server, args.batch_size or SERVER_BATCH), None
     else:
         model, rounding = zeroshot_here.model_here(
-            args.model, args.dtype, args.activations, args.kv, args.batch_size or 32
+            args.model, args.dtype, args.activations, args.kv, args.batch_size or BATCH
         )
     table = zeroshot.measure(model, tasks, args.limit)
     mean = zeroshot.average(table)

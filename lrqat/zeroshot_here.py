@@ -45,11 +45,10 @@ def scores(model: Any, pairs: Sequence[Pair], batch_size: int) -> list[Score]:
         batch_size: continuations at a time.
     """
     body, head = body_and_head(model)
-    found: list[Score] = [(0.0, False)] * len(pairs)
+    found: dict[int, Score] = {}
     for places in bar(batches(pairs, batch_size), "zeroshot"):
-        for place, score in zip(places, batch_scores(body, head, [pairs[place] for place in places]), strict=True):
-            found[place] = score
-    return found
+        found.update(zip(places, batch_scores(body, head, [pairs[place] for place in places]), strict=True))
+    return [found[place] for place in range(len(pairs))]
 
 
 def batches(pairs: Sequence[Pair], batch_size: int) -> list[list[int]]:
