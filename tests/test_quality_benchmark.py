@@ -35,7 +35,9 @@ PLAN: dict[str, Any] = {
     "rows": [{"name": "rtn", "ptq": {"range_p": 2}}, {"name": "lrqat", "train": {"method": "lrqat"}}],
 }
 COST = {"seconds": 60.0, "cpu_seconds": 90.0, "peak_memory_gb": 1.5}
-PEER = {"tool": "other", "version": "1", "method": "m", "grid": "q3", "settings": "s", "bits_per_weight": 3.4, **COST}
+MACHINE = {"processor": "A", "gflops": 54.6}
+PEER = {"tool": "other", "version": "1", "method": "m", "grid": "q3", "settings": "s", "bits_per_weight": 3.4}
+PEER |= {**COST, "machine": MACHINE}
 SIZE = ["--blocks", "2", "--seq-len", "32"]
 
 
@@ -220,7 +222,8 @@ def test_a_peer_costs_what_its_account_says(copy: Bench) -> None:
         "core_minutes": 1.5,
         "tool": "other",
     }
-    assert result["source"] == str(peer / "model") and result["settings"]["grid"] == "q3"
+    assert result["source"] == "peers/other/model" and result["settings"]["grid"] == "q3"
+    assert result["machines"] == [MACHINE]
 
 
 @pytest.mark.slow
@@ -379,11 +382,12 @@ def test_a_table_of_rows_from_several_machines_says_which_is_whose() -> None:
     text = {"text": "x", "sha256": "", "seq_len": 8, "blocks": 1}
 
     def written(*machines: dict[str, Any]) -> str:
-        results = [{**shared, "name": str(place), "machine": one} for place, one in enumerate(machines)]
+        results = [{**shared, "name": str(place), "machines": [one]} for place, one in enumerate(machines)]
         found = {"model": "m", "valid": text, "test": None, "zeroshot": None, **table.lines(results)}
         return table.markdown(found)
 
     assert "of one thread of A at 55 GFLOP/s" in written(slow) and "| of |" not in written(slow)
+    assert "of one thread of A at 55 to 60 GFLOP/s" in written(slow, {**slow, "gflops": 60.0})
     both = written(slow, fast)
     assert "(a) A at 55 GFLOP/s; (b) B at 120 GFLOP/s" in both
     assert "| 2 | a | 1.00 |" in both and "| 2 | b | 1.00 |" in both

@@ -6,7 +6,7 @@ transformers only, and nothing of lrqat. Every run leaves
     OUT/model       a Hugging Face directory with the dequantized weights, exact: bfloat16 if that holds them all,
                     else float32
     OUT/cost.json   {"tool", "version", "method", "grid", "settings", "bits_per_weight",
-                     "seconds", "cpu_seconds", "peak_memory_gb"}
+                     "seconds", "cpu_seconds", "peak_memory_gb", "machine"}
 
 Costs count from the start of the process to the tool's own packed output; turning that into OUT/model is not counted.
 """
@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import resource
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 STARTED = time.monotonic()
+PRODUCTS = 50  # that tell how fast the machine is
 ASSETS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 ASSETS += ("tokenizer.model", "vocab.json", "merges.txt", "generation_config.json")
 
@@ -85,6 +88,23 @@ class Cost:
         own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
         return cls(time.monotonic() - STARTED, cpu, max(own.ru_maxrss, children.ru_maxrss) * 1024 / 1e9)
+
+
+def machine() -> dict[str, Any]:
+    """What a core-minute is worth here: the processor, and GFLOP/s of one thread on a layer's float32 product."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    left, right = torch.ones(512, 576), torch.ones(576, 1536)
+    seconds = []
+    for _ in range(PRODUCTS):
+        began = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    told = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: (.+)$", told.read_text() if told.is_file() else "", re.MULTILINE)
+    speed = 2 * left.numel() * right.shape[1] / statistics.median(seconds) / 1e9
+    return {"processor": name[1].strip() if name else platform.processor(), "gflops": round(speed, 1)}
 
 
 def core_minutes_left(budget: float) -> bool:
@@ -231,6 +251,7 @@ def finish(
     (out / "model/config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2))
     row = {**said, "seconds": cost.seconds, "cpu_seconds": cost.cpu_seconds, "peak_memory_gb": cost.peak_memory_gb}
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+    row["machine"] = machine()
     (out / "cost.json.partial").write_text(json.dumps(row, indent=1) + "\n")
     os.replace(out / "cost.json.partial", out / "cost.json")
     (out / "unfinished").unlink()

@@ -39,7 +39,8 @@ COMMANDS = ("train", "ptq")
 KEYS = {"grids", "seeds", "rows", *COMMANDS}
 ROW_KEYS = {"name", "grid", "seeds", "peer", *COMMANDS}
 OURS = {"model", "out", "data", "grid", "seed", "threads", "config", "json", "resume", "for"}  # not for a row to say
-COST = ("tool", "version", "method", "grid", "settings", "bits_per_weight", "seconds", "cpu_seconds", "peak_memory_gb")
+SPENT = ("seconds", "cpu_seconds", "peak_memory_gb", "machine")
+COST = ("tool", "version", "method", "grid", "settings", "bits_per_weight", *SPENT)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ import fcntl
 import math
 import os
 import shutil
-import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,21 +24,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 import lrqat
+from benchmarks.peers.shared import machine
 from benchmarks.quality.children import Children, Stopped
-from benchmarks.quality.plan import Row, chosen
+from benchmarks.quality.plan import SPENT, Row, chosen
 from lrqat.console import log
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint, SafetensorsDirectory
 from lrqat.hashing import sha256
 from lrqat.jsonfile import read_json, write_json
-from serve.certificate import processor
 
 REFERENCE = "reference"  # label of the full-precision model
-PRODUCTS = 50  # that tell how fast the machine is
 
 
 @dataclass(frozen=True)
@@ -126,6 +122,10 @@ class Bench:
         with locked(out) as lock:
             yield cls(out, said["model"], said["model_sha256"], said["data"], lock)
 
+    def source(self, result: Mapping[str, Any]) -> Path:
+        """Where a result's model is; the full-precision one's says none, so that no path of a machine stands in it."""
+        return self.out / result["source"] if "source" in result else Path(self.model)
+
     def results(self) -> list[str]:
         """Labels of the rows that have a result."""
         return sorted(path.parent.name for path in (self.out / "rows").glob("*/result.json"))
@@ -209,7 +209,7 @@ def zeroshot(bench: Bench, folder: Path, hands: Hands, only: str, limit: int | N
             result = read_json(path)
             if "zeroshot" in result:
                 return
-            command = [sys.executable, "-m", "lrqat.cli", "zeroshot", bench.out / result["source"], *words]
+            command = [sys.executable, "-m", "lrqat.cli", "zeroshot", bench.source(result), *words]
             said = children.answer(children.run(command, log_file), log_file)
             told = {**identity, "tasks": said["tasks"], "average": said["average"]}
             write_json(path, {**read_json(path), "zeroshot": told})
@@ -262,13 +262,14 @@ def obtain(bench: Bench, row: Row, children: Children) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"name": row.name, "grid": row.grid, "seed": row.seed, "settings": what["settings"]}
     if row.peer:
-        cost = {key: row.settings[key] for key in ("seconds", "cpu_seconds", "peak_memory_gb")}
+        cost = {key: row.settings[key] for key in SPENT}
         result |= {key: row.settings[key] for key in ("tool", "version", "method", "bits_per_weight")}
         result |= {"settings": {"grid": row.settings["grid"], "settings": row.settings["settings"]}}
-        result |= {**cost, "source": str((row.peer / "model").resolve())}
+        result |= {**cost, "source": os.path.relpath(row.peer / "model", bench.out)}
+        result["machines"] = [result.pop("machine")]
         write_json(stamp, {"what": what, "attempts": [cost]})
     elif row.command == REFERENCE:
-        result |= {"tool": None, "method": None, **row.settings, "settings": {}, "source": bench.model}
+        result |= {"tool": None, "method": None, **row.settings, "settings": {}}
         write_json(stamp, {"what": what, "attempts": []})
     else:
         result |= execute(bench, row, folder, what, attempts, children)
@@ -291,7 +292,7 @@ def execute(
     write_json(folder / "row.json", {"what": what, "attempts": [*attempts, None]})  # None: it was killed with us
     try:
         ended = children.run([*words, "--json", *(["--resume"] if resumes else [])], folder / "log.txt")
-        attempts = [*attempts, ended.cost]
+        attempts = [*attempts, {**ended.cost, "machine": bench.machine}]
     finally:
         write_json(folder / "row.json", {"what": what, "attempts": attempts})
     said = children.answer(ended, folder / "log.txt")
@@ -310,7 +311,7 @@ def execute(
         "peak_memory_gb": max(cost["peak_memory_gb"] for cost in known),
         "cost_is_a_lower_bound": len(known) < len(attempts),
         "threads": children.threads,
-        "machine": bench.machine,
+        "machines": [cost["machine"] for cost in known],
         "codes_moved": said.get("codes_moved"),
         "source": str(run_folder.relative_to(bench.out)),
     }
@@ -324,28 +325,13 @@ def score(bench: Bench, label: str, text: Text, children: Children) -> None:
     if text.is_of(result.get(text.kind)):
         return
     states = bench.out / "reference" / f"{text.kind}.npy"
-    source = bench.out / result["source"]
+    source = bench.source(result)
     words = [sys.executable, Path(__file__).with_name("score.py"), source, bench.model, text.path.resolve()]
     words += ["--seq-len", text.identity["seq_len"], "--blocks", text.identity["blocks"]]
     ended = children.run([*words, "--states", states, "--model-key", bench.model_sha256], log_file)
     figures = children.answer(ended, log_file)
     write_json(path, {**read_json(path), text.kind: {**text.identity, **figures}})
     log(f"{label}: {text.kind} KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f}")
-
-
-def machine() -> dict[str, Any]:
-    """What a core-minute is worth here: the processor, and GFLOP/s of one thread on a layer's float32 product."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    left, right = torch.ones(512, 576), torch.ones(576, 1536)
-    seconds = []
-    for _ in range(PRODUCTS):
-        began = time.perf_counter()
-        torch.mm(left, right)
-        seconds.append(time.perf_counter() - began)
-    torch.set_num_threads(threads)
-    speed = 2 * left.numel() * right.shape[1] / statistics.median(seconds) / 1e9
-    return {"processor": processor(), "gflops": round(speed, 1)}
 
 
 def full_precision(bench: Bench) -> tuple[str, float]:

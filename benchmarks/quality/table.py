@@ -82,7 +82,7 @@ def line(group: list[dict[str, Any]]) -> dict[str, Any]:
     found["seeds"] = sorted(result["seed"] for result in group if result["seed"] is not None)
     found |= {key: spread(result.get(key) for result in group) for key in COSTS}
     found["code_sha256"] = sorted({result["code_sha256"] for result in group if "code_sha256" in result})
-    found["machines"] = sorted({told_of(result["machine"]) for result in group if "machine" in result})
+    found["machines"] = [one for result in group for one in result.get("machines", [])]
     found["cost_is_a_lower_bound"] = any(result.get("cost_is_a_lower_bound") for result in group)
     for kind in KINDS:
         whole = all(kind in result for result in group)
@@ -93,9 +93,14 @@ def line(group: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def told_of(machine: Mapping[str, Any]) -> str:
-    """A processor and what a core-minute on it is worth."""
-    return f"{machine['processor']} at {machine['gflops']:.0f} GFLOP/s"
+def processors(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """{processor: what it is and what a core-minute on it is worth} of rows; it was measured whenever a run began."""
+    speeds: dict[str, list[float]] = {}
+    for row in rows:
+        for one in row["machines"]:
+            speeds.setdefault(one["processor"], []).append(one["gflops"])
+    ends = {name: [f"{end(found):.0f}" for end in (min, max)] for name, found in sorted(speeds.items())}
+    return {name: f"{name} at {' to '.join(dict.fromkeys(found))} GFLOP/s" for name, found in ends.items()}
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float] | None:
@@ -115,16 +120,16 @@ def markdown(table: Mapping[str, Any]) -> str:
     ]
     head = ["grid", "row", "tool", "bits", "runs"]
     head += [f"{name}, {kind}" for kind in kinds for name in ("KL", "perplexity", "per word", "top-1")]
-    machines = sorted({one for row in table["rows"] for one in row["machines"]})
+    machines = processors(table["rows"])
+    letters = {name: chr(ord("a") + place) for place, name in enumerate(machines)}
     head += ["core-min", *(["of"] if len(machines) > 1 else []), "GB", "codes moved"]
     zeroshot = table["zeroshot"]
     head += ["zero-shot"] if zeroshot else []
     codes = {one for row in table["rows"] for one in row["code_sha256"]}
     notes = f" Made by {len(codes)} versions of lrqat's code, which quality.json names." if len(codes) > 1 else ""
     if machines:
-        each = (
-            "; ".join(f"({letter(place)}) {one}" for place, one in enumerate(machines)) if machines[1:] else machines[0]
-        )
+        several = [f"({letters[name]}) {told}" for name, told in machines.items()]
+        each = "; ".join(several if len(machines) > 1 else machines.values())
         notes += f" A core-minute is of one thread of {each}, float32."
     if zeroshot:
         tasks = ", ".join(f"{name} ({count})" for name, count in zeroshot.items())
@@ -149,7 +154,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         least = ">= " if row["cost_is_a_lower_bound"] else ""
         cells += [(least + shown(row["core_minutes"], ".3g")).strip()]
         if len(machines) > 1:
-            cells += [" ".join(letter(machines.index(one)) for one in row["machines"])]
+            cells += [" ".join(sorted({letters[one["processor"]] for one in row["machines"]}))]
         cells += [shown(row["peak_memory_gb"], ".2f")]
         cells += [shown(row["codes_moved"], ".2%")]
         if zeroshot:
@@ -157,11 +162,6 @@ def markdown(table: Mapping[str, Any]) -> str:
             cells += [shown(row["zeroshot"], ".4f") + (f" ± {error['mean']:.4f}" if error else "")]
         written.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(written) + "\n"
-
-
-def letter(place: int) -> str:
-    """Which machine of the note above the table."""
-    return chr(ord("a") + place)
 
 
 def shown(found: Mapping[str, float] | None, form: str) -> str:
