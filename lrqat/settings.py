@@ -23,7 +23,7 @@ KV = {"8": 8, "4": 4}  # bits of `lrqat.kv`
 NONE = "none"  # of both: not at all, whatever the run that is continued or judged has
 MAX_RANGE_P = 16.0  # beyond, |error|^p leaves float32
 CALIBRATION_BLOCKS = 64
-BLOCK_LR_SCALES = 1e-3
+BLOCK_LR_SCALES = 3e-3
 
 # What only some methods take, with their defaults; the others refuse it.
 BLOCKS: dict[str, Any] = {"block_epochs": None, "block_lr": None, "block_lr_scales": None}
