@@ -157,8 +157,9 @@ def _quantization_config(checkpoint: FusedCheckpoint, zeros: str) -> dict[str, A
 def read(path: Path) -> FusedCheckpoint:
     """Decode a GPTQ directory to codes, scales and zeros, each when asked for.
 
-    Reads what others wrote too, as long as their g_idx is sequential. Bits and groups are those of the tensors' shapes;
-    the config must know them.
+    Reads what others wrote too, as long as their g_idx is sequential and, in v1, no zero is 0: GPTQModel takes the 1
+    from whole words, so that such a zero borrows from its neighbour, and others do not. Bits and groups are those of
+    the tensors' shapes; the config must know them.
     """
     directory = QuantizedDirectory(path, "GPTQ", ("gptq",))
     known, symmetric = _declared(directory)
@@ -190,6 +191,11 @@ def read(path: Path) -> FusedCheckpoint:
         if not torch.equal(directory.get(f"{layer}.g_idx"), sequential):
             raise directory.error(f"{layer}.g_idx is not sequential; export again without activation order")
         zeros_GO = unpacked(directory.get(f"{layer}.qzeros"), grid.bits)
+        if minus_one and not grid.symmetric and (zeros_GO == grid.codes - 1).any():
+            raise directory.error(
+                f"{layer}.qzeros hold a zero of 0 in GPTQ's first format, where writers disagree about its neighbours; "
+                "save it as gptq_v2"
+            )
         zeros_OG = ((zeros_GO + minus_one) & grid.codes - 1).T.contiguous()
         codes_OI = unpacked(directory.get(f"{layer}.qweight").T, grid.bits)
         parts = {"scales": directory.half(f"{layer}.scales").T.contiguous()}

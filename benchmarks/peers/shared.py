@@ -202,7 +202,12 @@ def gptq_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, zero
     """
     scales_OG = scales.float().T
     codes_OGI = unpack(qweight.T, bits).float().unflatten(1, (scales_OG.shape[1], -1))
-    zeros_OG = (unpack(qzeros, bits).float() + zero_offset).T
+    stored = unpack(qzeros, bits)
+    if zero_offset and (stored == 2**bits - 1).any():
+        sys.exit(
+            "qzeros: a zero of 0 in GPTQ's first format, whose neighbour writers disagree about; take --grid w4g32"
+        )
+    zeros_OG = (stored.float() + zero_offset).T
     return (scales_OG[:, :, None] * (codes_OGI - zeros_OG[:, :, None])).flatten(1)
 
 

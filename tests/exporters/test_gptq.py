@@ -10,7 +10,7 @@ import torch
 from hf_cases import LAYER, checkpoint, fused, mutated, one, quantization_config, refused_or_right, same_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exporters import gptq, vllm_rules
@@ -92,6 +92,17 @@ def test_a_zero_of_0_is_refused_in_v1_whose_readers_carry_it_into_the_next(tmp_p
     with pytest.raises(LrqatError, match=r"has zeros of 0.*leave out --zeros v1"):
         gptq.write(checkpoint({f"{LAYER}.weight": weight}), tmp_path / "out", zeros="v1")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_zero_of_0_in_v1_is_refused_in_reading_too_as_writers_disagree_about_its_neighbour(tmp_path: Path) -> None:
+    weight = fused("w4g32-asym", 8, 32)
+    weight.parts["zeros"][:, 0] = torch.tensor([1, 5, 6, 9, 1, 2, 3, 4])
+    out = gptq.write(checkpoint({f"{LAYER}.weight": weight}), tmp_path / "v1", zeros="v1")
+    tensors = load_file(out / "model.safetensors")
+    tensors[f"{LAYER}.qzeros"] -= 1  # the first zero is 0 now, and GPTQModel's next one borrows
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LrqatError, match=r"a zero of 0 in GPTQ's first format.*save it as gptq_v2"):
+        gptq.read(out).tensors[f"{LAYER}.weight"]
 
 
 def test_three_bits_default_to_v2_zeros_because_gptqmodel_misread_v1(tmp_path: Path) -> None:
