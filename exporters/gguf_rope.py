@@ -34,7 +34,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "longrope": ("long_factor", "short_factor", "original_max_position_embeddings"),
 }
 LOCAL_THETA = 10000.0  # of Gemma 3's sliding layers
-YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None}
+YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None}
 
 
 def check(config: Config, family: Family) -> None:
@@ -53,9 +53,8 @@ def check(config: Config, family: Family) -> None:
     if family.name == "gemma3" and (found := local.get("rope_type", "default")) != "default":
         raise LrqatError(f"rope_type {found} of sliding layers: llama.cpp's gemma3 has default only; {ELSEWHERE}")
     if kind == "yarn":
-        for key, default in YARN_DEFAULTS.items():
-            if (rope.get(key) or default) != default:
-                raise LrqatError(f"rope {key} {rope[key]}: GGUF export carries {default} only; {ELSEWHERE}")
+        for key, usual in _carried_yarn(rope).items():
+            raise LrqatError(f"rope {key} {rope[key]}: GGUF export carries {usual} only; {ELSEWHERE}")
     if kind == "longrope":
         for name, factors in factor_tensors(config).items():
             if (dims := _dims(config)) != 2 * len(factors):
@@ -63,6 +62,17 @@ def check(config: Config, family: Family) -> None:
                     f"{name.removesuffix('.weight')}: {len(factors)} factors, expected {dims // 2}; "
                     "use the model's own config.json"
                 )
+
+
+def _carried_yarn(rope: dict[str, Any]) -> dict[str, Any]:
+    """{key: what llama.cpp has built in} of the settings by which transformers computes something else."""
+    attention = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+    found: dict[str, Any] = {key: usual for key, usual in YARN_DEFAULTS.items() if (rope.get(key) or usual) != usual}
+    if not rope.get("truncate", True):
+        found["truncate"] = True
+    if (own := rope.get("attention_factor")) is not None and not math.isclose(own, attention, rel_tol=1e-6):
+        found["attention_factor"] = round(attention, 6)
+    return found
 
 
 def add_metadata(writer: Any, config: Config) -> None:

@@ -327,6 +327,12 @@ def test_gemmas_norms_are_stored_plus_one(tiny_model_dir: Path, tmp_path: Path) 
         ("llama", {"hidden_act": "gelu"}, "hidden_act gelu: llama.cpp's llama computes silu only"),
         ("llama", {**rope("yarn", factor=4.0)}, "rope_type yarn without original_max_position_embeddings"),
         ("llama-yarn", {**rope("yarn", **LLAMA3, beta_fast=16)}, "rope beta_fast 16: GGUF export carries 32 only"),
+        (
+            "llama-yarn",
+            {**rope("yarn", **LLAMA3, truncate=False)},
+            "rope truncate False: GGUF export carries True only",
+        ),
+        ("llama-yarn", {**rope("yarn", **LLAMA3, attention_factor=1.0)}, "rope attention_factor 1.0: GGUF export carr"),
         ("llama", rope("dynamic", factor=4.0), "GGUF export carries rope_type default, linear, yarn, llama3 of whole"),
         ("llama", rope("default", **PARTIAL), "of whole heads for llama"),
         ("mixtral", {"num_local_experts": 5}, "experts.4.w1.weight: missing from the fused checkpoint"),
