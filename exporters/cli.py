@@ -59,6 +59,8 @@ def _main(args: argparse.Namespace) -> int:
     for option, form in OPTIONS.items():
         if getattr(args, option) and args.format != form:
             raise LrqatError(f"--{option.replace('_', '-')}: is for --format {form}; leave it out")
+    if args.reference and args.llama_cpp:
+        raise LrqatError("--reference: --llama-cpp writes quantized files only; leave one of them out")
 
     from exporters import matrix
     from exporters.card import card, card_path, measured

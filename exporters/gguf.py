@@ -44,6 +44,7 @@ __all__ = ["block_type", "carries", "read", "write"]
 FILE_TYPES = {F32: 0, F16: 1, BF16: 32, **{number: kind.file_type for number, kind in BLOCK_TYPES.items()}}
 QUANTIZATION_VERSION = 2
 QUANTIZED_BY = "general.quantized_by"
+CERTIFICATES = (".certificate.json", ".http.certificate.json")  # in place of .gguf: what serve/ says of a file
 ROWS_AT_ONCE = 1024  # of a dense matrix
 CODES_AT_ONCE = 1 << 20  # bytes that a core's cache holds; the fewer calls, the better
 
@@ -70,6 +71,24 @@ def write(checkpoint: FusedCheckpoint, out: Path, *, dequantized: bool = False) 
     Raises:
         LrqatError: GGUF cannot hold this model exactly, or the file cannot be written.
     """
+    out = checked_name(out)
+    tokenizer = check(checkpoint, dequantized=dequantized)
+    entries = _entries(checkpoint, dequantized)
+    unfinished = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _stream(unfinished, checkpoint, entries, tokenizer)
+        put(unfinished, out)
+    except OSError as error:
+        raise LrqatError(f"{out}: cannot be written ({error}); free some space or choose another --out") from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+    return out
+
+
+def checked_name(out: Path) -> Path:
+    """`out`, unless it is no .gguf file, or one that is not ours to replace."""
     out = Path(out)
     if out.suffix != ".gguf":
         raise LrqatError(f"{out}: expected a file name that ends in .gguf")
@@ -77,20 +96,14 @@ def write(checkpoint: FusedCheckpoint, out: Path, *, dequantized: bool = False) 
         raise LrqatError(f"{out}: is a directory; name a file that ends in .gguf")
     if out.exists() and not _ours(out):
         raise LrqatError(f"{out}: exists, and is not an export of lrqat; name another --out")
-    tokenizer = check(checkpoint, dequantized=dequantized)
-    entries = _entries(checkpoint, dequantized)
-    unfinished = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _stream(unfinished, checkpoint, entries, tokenizer)
-        out.with_suffix(".certificate.json").unlink(missing_ok=True)  # of the file that is about to go
-        os.replace(unfinished, out)
-    except OSError as error:
-        raise LrqatError(f"{out}: cannot be written ({error}); free some space or choose another --out") from None
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
     return out
+
+
+def put(unfinished: Path, out: Path) -> None:
+    """Give a complete file its name, and take away the certificates of the file that had it."""
+    for kind in CERTIFICATES:
+        out.with_suffix(kind).unlink(missing_ok=True)
+    os.replace(unfinished, out)
 
 
 def check(checkpoint: FusedCheckpoint, *, dequantized: bool = False) -> TokenizerFields:

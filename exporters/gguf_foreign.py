@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exporters.gguf import QUANTIZED_BY, checked_name, put
 from exporters.gguf_blocks import BlockType, pack
 from exporters.gguf_carry import block_type, restate
 from exporters.gguf_tokenizer import tokenizer_fields
@@ -47,9 +48,7 @@ def write(checkpoint: FusedCheckpoint, out: Path, llama_cpp: Path) -> Path:
         out: path of the file, ending in .gguf.
         llama_cpp: the checkout.
     """
-    out, llama_cpp = Path(out), Path(llama_cpp).resolve()
-    if out.suffix != ".gguf" or out.is_dir():
-        raise LrqatError(f"{out}: expected the name of a file that ends in .gguf")
+    out, llama_cpp = checked_name(out), Path(llama_cpp).resolve()
     for part in ("conversion/__init__.py", "gguf-py/gguf/__init__.py"):
         if not (llama_cpp / part).is_file():
             raise LrqatError(f"{llama_cpp}: no {part}; name a checkout of llama.cpp of 2026 or later")
@@ -69,7 +68,7 @@ def write(checkpoint: FusedCheckpoint, out: Path, llama_cpp: Path) -> Path:
             if child.returncode:
                 last = (child.stderr.strip().splitlines() or ["no message"])[-1]
                 raise LrqatError(f"{llama_cpp}: its converter stopped: {last}; export with --format gptq")
-            os.replace(unfinished, out)
+            put(unfinished, out)
     except OSError as error:
         raise LrqatError(f"{out}: cannot be written ({error}); free some space or choose another --out") from None
     return out
@@ -122,6 +121,7 @@ def passing(base: Any, checkpoint: FusedCheckpoint) -> Any:
         def prepare_metadata(self, vocab_only: bool) -> None:
             self.ftype: Any = getattr(self, "mostly", self.ftype)
             super().prepare_metadata(vocab_only)
+            self.gguf_writer.add_string(QUANTIZED_BY, "lrqat")
 
         def set_vocab(self) -> None:
             tensors = {name: info for part in self.gguf_writer.tensors for name, info in part.items()}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from exporters import gguf, gguf_foreign
+from exporters.cli import main as export
 from lrqat.errors import LrqatError
 from tests.exporters.test_gguf_arch import (
     F32_TOLERANCE,
@@ -70,3 +71,26 @@ def test_a_directory_that_is_no_checkout_is_one_line(tiny_model_dir: Path, tmp_p
     with pytest.raises(LrqatError, match=r"^[^\n]*no conversion/__init__\.py; name a checkout of llama\.cpp[^\n]*$"):
         gguf_foreign.write(checkpoint, tmp_path / "x.gguf", tmp_path)
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_another_ones_file_is_not_replaced_and_a_reference_is_not_asked_for(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    checkpoint = fuse(save_model(tmp_path / "model", tiny_model_dir, *MODELS["qwen2"][1:]))
+    (tmp_path / "x.gguf").write_bytes(b"GGUF of another tool")
+    with pytest.raises(LrqatError, match="is not an export of lrqat"):
+        gguf_foreign.write(checkpoint, tmp_path / "x.gguf", tmp_path)
+    words = [str(checkpoint.save(tmp_path / "fused")), "--format", "gguf", "--out", str(tmp_path / "y.gguf")]
+    assert export([*words, "--reference", "--llama-cpp", str(tmp_path)]) == 2
+    assert "--reference: --llama-cpp writes quantized files only" in capsys.readouterr().err
+
+
+def test_a_file_that_is_replaced_takes_its_certificates_with_it(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    checkpoint = fuse(save_model(tmp_path / "model", tiny_model_dir, *MODELS["qwen2"][1:]))
+    path = gguf.write(checkpoint, tmp_path / "x.gguf")
+    for kind in gguf.CERTIFICATES:
+        path.with_suffix(kind).touch()
+    gguf.write(checkpoint, path)
+    assert sorted(file.name for file in tmp_path.glob("x.*")) == ["x.gguf"]
