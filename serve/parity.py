@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from lrqat.activations import round_inputs
 from lrqat.console import log
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
-from lrqat.fused import FusedCheckpoint, FusedTensor, Lazy
+from lrqat.fused import FusedCheckpoint, FusedTensor, Lazy, read_assets
 from lrqat.grid import to_latent
 from lrqat.grids.affine import AffineGrid
 from lrqat.models import fake_quant_model, fused_tokenizer
@@ -213,9 +213,10 @@ def certify(
     equal, total, differing = count_equal(as_stored(checkpoint, detect(exported)), runtime.read(exported))
     tokenizer = fused_tokenizer(checkpoint)
     sequences = blocks(texts, tokenizer, length, count).tolist()
-    tokens_equal = (
-        runtime.tokenize is None or runtime.tokenize(exported, HARD_TEXT) == tokenizer(HARD_TEXT)["input_ids"]
-    )
+    if runtime.tokenize:
+        tokens_equal = runtime.tokenize(exported, HARD_TEXT) == tokenizer(HARD_TEXT)["input_ids"]
+    else:
+        tokens_equal = tokenizer_files(read_assets(exported)) == tokenizer_files(checkpoint.assets)
     with tempfile.TemporaryDirectory(prefix="lrqat-parity-") as folder:
         work = Path(folder)
         log(f"reference: {len(sequences)} x {length} tokens through transformers, float32")
@@ -264,7 +265,7 @@ def certify(
             "verdict": "fail" if not passed else "pass" if proven else "unproven",
             "runtime": build,
             "weights": {"equal": equal, "total": total, "differing": differing},
-            "token_ids_equal": tokens_equal if runtime.tokenize else None,
+            "token_ids_equal": tokens_equal,
             "rounding": rounding,
             "logits": logits,
             "controls": found_controls,
@@ -273,6 +274,11 @@ def certify(
             "machine": certificates.machine(),
         }
     )
+
+
+def tokenizer_files(assets: Mapping[str, bytes]) -> dict[str, bytes]:
+    """A model's files that ids and chats depend on; how it is sampled is its user's business."""
+    return {name: content for name, content in assets.items() if name != "generation_config.json"}
 
 
 def reference_logits(
@@ -329,10 +335,7 @@ def table(certificate: dict[str, Any]) -> str:
     ]
     if (rounding := certificate["rounding"])["trained"] != rounding["served"]:
         lines.append(f"rounding  trained with {rounding['trained']}; served with {rounding['served']}")
-    if certificate["token_ids_equal"] is not None:
-        lines.append(
-            f"tokens    {'equal to' if certificate['token_ids_equal'] else 'DIFFERENT FROM'} the HF tokenizer's"
-        )
+    lines.append(f"tokens    {'equal to' if certificate['token_ids_equal'] else 'DIFFERENT FROM'} the HF tokenizer's")
     lines.append(f"{'':18}{'KL':>10} {'top-1':>7} {'ppl':>9} {'change':>8} {'|d logp|':>9}")
     rows = {"logits": certificate["logits"], **{f"{k} control": v for k, v in certificate["controls"].items()}}
     for name, row in rows.items():

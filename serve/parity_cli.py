@@ -70,6 +70,7 @@ def _main(args: argparse.Namespace) -> int:
     from exporters.card import certify_card
     from serve import certificate as certificates
     from serve.http_parity import certify_served
+    from serve.launch import has_cuda
     from serve.parity import certify, runtime_for, table
 
     runtime = runtime_for(
@@ -79,6 +80,8 @@ def _main(args: argparse.Namespace) -> int:
     count = count if args.sequences is None else args.sequences
     length = length if args.seq_len is None else args.seq_len
     path = args.out or certificates.certificate_path(args.exported)
+    if not path.parent.is_dir():
+        raise LrqatError(f"{path}: no directory {path.parent} for the certificate; make it, or give another --out")
     if args.url:
         certificate = certify_served(
             args.fused,
@@ -92,6 +95,8 @@ def _main(args: argparse.Namespace) -> int:
         )
         path = args.out or path.with_name(path.name.replace(certificates.NAME, f"http.{certificates.NAME}"))
     else:
+        if runtime.name == "vllm":
+            has_cuda(args.python)  # refuses an interpreter without vLLM, before the reference is computed
         certificate = certify(
             args.fused,
             args.exported,

@@ -14,12 +14,13 @@ import torch
 import exporters.cli
 import lrqat.cli
 from exporters import formats
-from lrqat.fused import FusedCheckpoint
+from lrqat.fused import FusedCheckpoint, read_assets
 from lrqat.gguf_file import GgufFile
 
 pytest.importorskip("xllamacpp", reason="pip install 'lrqat[llamacpp]'")
 
 import serve.parity_cli
+from serve.parity import tokenizer_files
 
 LAYERS = 2
 TAMPERED = "model.layers.1.mlp.up_proj.weight"
@@ -244,12 +245,22 @@ def test_llama_cpp_answers_with_the_fake_quant_models_greedy_tokens(run: Path, e
         assert model.greedy(ids, 8) == expected[0, len(ids) :].tolist()
 
 
+def test_a_directory_is_certified_with_the_tokenizer_of_its_checkpoint_alone(
+    run: Path, exported: dict[str, Path]
+) -> None:
+    found, own = read_assets(exported["gptq"]), FusedCheckpoint.load(run).assets
+    assert tokenizer_files(found) == tokenizer_files({**own, "generation_config.json": b"{}"})
+    assert tokenizer_files({**found, "tokenizer.json": b"{}"}) != tokenizer_files(own)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["none.gguf"], "no such file or directory"),
         (["{gguf}", "--runtime", "vllm"], "vllm does not read this format"),
         (["{gguf}", "--text", "none.txt"], "none.txt"),
+        (["{gptq}", "--python", "none"], "give --python an interpreter that has vLLM"),
+        (["{gguf}", "--out", "none/certificate.json"], "no directory none for the certificate"),
         (["{gguf}", "--sequences", "0"], ""),
         (["{gguf}", "--seq-len", "1"], ""),
         (["{gguf}", "--seq-len", "100000000"], "less than one block"),
@@ -265,6 +276,6 @@ def test_a_parity_check_that_cannot_be_is_one_line_and_leaves_no_certificate(
 ) -> None:
     out = tmp_path / "certificate.json"
     arguments = [word.format(**{k: str(v) for k, v in exported.items()}) for word in words]
-    assert serve.parity_cli.main([str(run), *arguments, "--out", str(out)]) == 2
+    assert serve.parity_cli.main([str(run), arguments[0], "--out", str(out), *arguments[1:]]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error:") and message in error and not out.exists()
