@@ -27,6 +27,7 @@ from lrqat.models import fused_tokenizer, locate
 from lrqat.rounding import Rounding, rounded_model
 
 CHUNK_TOKENS = 256
+MOST_NATS = 709.0  # e^709 is near the end of float64
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,16 @@ def score(
     return Scores(
         tokens=predicted,
         context=blocks_NT.shape[1],
-        perplexity=math.exp(nats / predicted),
-        word_perplexity=math.exp(nats / words) if words else None,
+        perplexity=exponential(nats / predicted),
+        word_perplexity=exponential(nats / words) if words else None,
         kl=kl / predicted if compared else None,
         top1=same / predicted if compared else None,
     )
+
+
+def exponential(nats: float) -> float:
+    """e^nats; infinite where float64 ends, as of "words" that are whole paragraphs without a space."""
+    return math.exp(nats) if nats < MOST_NATS else math.inf
 
 
 def rounding_of(source: str, activations: str | None = None, kv: str | None = None) -> Rounding:

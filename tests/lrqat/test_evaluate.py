@@ -63,6 +63,11 @@ def test_without_a_reference_there_is_no_kl(models: tuple[Any, Any], blocks_NT: 
     assert found.kl is None and found.top1 is None and found.word_perplexity is None
 
 
+def test_words_that_are_whole_paragraphs_cost_no_evaluation(models: tuple[Any, Any], blocks_NT: torch.Tensor) -> None:
+    found = score(models[0], blocks_NT.repeat(4, 1), words=1)
+    assert found.word_perplexity == math.inf and found.perplexity < 1e4
+
+
 def test_every_block_is_its_own_context(models: tuple[Any, Any], blocks_NT: torch.Tensor) -> None:
     single = [math.log(score(models[0], block[None]).perplexity) for block in blocks_NT]
     assert math.log(score(models[0], blocks_NT).perplexity) == pytest.approx(sum(single) / 3, rel=FLOAT32)
