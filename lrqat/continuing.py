@@ -117,6 +117,7 @@ class FusedBase:
             "rotate": given.rotate is not None,
             "loftq": given.loftq,
             "start": given.start != "rtn",
+            "range_p": given.range_p != TrainSettings.range_p,
         }
         if names := [name for name, value in refused.items() if value]:
             raise LrqatError(

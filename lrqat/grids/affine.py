@@ -20,7 +20,7 @@ from torch import Tensor
 from lrqat.errors import LrqatError
 from lrqat.grid import Affine, EvenGrid, Part, Parts
 from lrqat.grids import search
-from lrqat.grids.wire import MAX_SCALE, to_fp16, to_integer, to_wire
+from lrqat.grids.wire import MAX_SCALE, keep_zero, to_fp16, to_integer, to_wire
 
 ZEROS = {"midpoint": "", "integer": "-asym", "minimum": "-min"}  # with the ending of their spelling
 GGML = {  # affine block types of ggml, by their own names
@@ -154,7 +154,7 @@ class AffineGrid(EvenGrid):
         """wire(s0 * gain); a minimum or zero moves by gain - 1 of the levels up to the middle one."""
         parts = dict(start)
         if "scales" in gains:
-            parts["scales"] = self.wire(start["scales"] * gains["scales"])
+            parts["scales"] = keep_zero(start["scales"], self.wire(start["scales"] * gains["scales"]))
         if "minimums" in gains:
             parts["minimums"] = to_fp16(start["minimums"] + start["scales"] * (gains["minimums"] - 1) * self.midpoint)
         if "zeros" in gains:

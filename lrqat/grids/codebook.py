@@ -20,7 +20,7 @@ from torch import Tensor
 from lrqat.errors import LrqatError
 from lrqat.grid import Affine, Grid, Part, Parts
 from lrqat.grids import search
-from lrqat.grids.wire import through, to_wire
+from lrqat.grids.wire import keep_zero, through, to_wire
 
 EXPONENT_BIAS = 127  # of E8M0
 EXPONENTS = (1, 254)  # 0 is a subnormal float32, 255 is NaN
@@ -113,7 +113,7 @@ class CodebookGrid(Grid):
         if not gains:
             return dict(start)
         if not self.power_of_two:
-            return {"scales": self._wire(start["scales"] * gains["scales"])}
+            return {"scales": keep_zero(start["scales"], self._wire(start["scales"] * gains["scales"]))}
         exponents = start["exponents"] + gains["exponents"].clamp_min(2.0**-8).log2()
         return {"exponents": through(exponents, exponents.detach().round().clamp_(*EXPONENTS))}
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from lrqat.errors import LrqatError
 from lrqat.grid import Affine, EvenGrid, Part, Parts
 from lrqat.grids import search
-from lrqat.grids.wire import to_fp16, to_integer, to_wire
+from lrqat.grids.wire import keep_zero, to_fp16, to_integer, to_wire
 
 SUPER_BLOCK = 256
 
@@ -131,9 +131,12 @@ class KGrid(EvenGrid):
         low, high = self.sub_range
         sub = start["sub_scales"] * gains["sub_scales"]
         signed = sub.detach().round().clamp_(low, high)
+        rounded = keep_zero(start["sub_scales"], _nonzero(signed, start["sub_scales"]))
         parts = {
-            "super_scales": to_wire(start["super_scales"] * gains["super_scales"], "fp16"),
-            "sub_scales": to_integer(sub + (_nonzero(signed, start["sub_scales"]) - sub.detach()), low, high),
+            "super_scales": keep_zero(
+                start["super_scales"], to_wire(start["super_scales"] * gains["super_scales"], "fp16")
+            ),
+            "sub_scales": to_integer(sub + (rounded - sub.detach()), low, high),
         }
         if self.minimums:
             parts["super_minimums"] = to_fp16(start["super_minimums"] * gains["super_minimums"])

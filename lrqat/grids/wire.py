@@ -42,6 +42,11 @@ def to_wire(scales: Tensor, precision: str) -> Tensor:
     return through(scales, torch.where(real < 0, -magnitude, magnitude))
 
 
+def keep_zero(start: Tensor, found: Tensor) -> Tensor:
+    """`found`, but zero where the start is: codes of an imported file that stand under no scale stay so."""
+    return torch.where(start == 0, start, found)
+
+
 def to_fp16(values: Tensor) -> Tensor:
     """Nearest fp16 values, float32; zero stays zero."""
     return through(values, values.detach().clamp(-65504.0, 65504.0).to(torch.float16).float())

@@ -15,7 +15,10 @@ from lrqat.cli import main
 from lrqat.continuing import FusedBase
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint
+from lrqat.grid import Grid
 from lrqat.layers import quantizers
+from lrqat.methods.scales import Scales
+from lrqat.ptq import rtn
 from lrqat.settings import TrainSettings
 
 GRIDS = "--grid w4g32 --override 're:.*down_proj=q4_k' k_proj=w3-asym v_proj=iq4_nl embed_tokens=q8_0 --skip 1.mlp.up"
@@ -121,6 +124,7 @@ def test_a_continued_run_is_resumed(go_on: Callable[..., int], tmp_path: Path) -
         ("--skip up_proj", "skip: "),
         ("--override k_proj=w4", "override: "),
         ("--start gptq", "start: "),
+        ("--range-p 2", "range_p: "),
         ("--rotate 1 --untie-head", "rotate: "),
         ("--method efficientqat", "--method scales"),
         ("--block-epochs 1 --calibration-blocks 4", "Block-AP needs full-precision weights"),
@@ -148,6 +152,26 @@ def test_a_teacher_of_other_words_is_refused(
 ) -> None:
     assert go_on("--teacher", str(trained_model_dir)) == 2
     assert "another vocabulary" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spelling", ["w4g32", "w4g32-asym", "q4_0", "q2_k", "q4_k", "q6_k", "iq4_nl"])
+def test_a_scale_of_zero_stays_one_under_scales_alone(spelling: str) -> None:
+    grid = Grid.parse(spelling)
+    weight_OI = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)) * 0.05
+    fused = rtn(weight_OI, grid, None)
+    for name, part in fused.parts.items():
+        if name.endswith("scales"):
+            part[1, 0] = 0  # as imported files have it, and of a K-quant one sub-scale and one super-scale
+    made = Scales.from_fused(fused, torch.device("cpu"))
+    assert made.fuse().sha256() == fused.sha256()
+    (made(torch.randn(3, 256), None) ** 2).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
+    for gain in made.gains.values():
+        gain.data *= 1.5
+    moved = made.fuse()
+    for name, part in moved.parts.items():
+        assert not name.endswith("scales") or part[1, 0] == 0
+    assert moved.sha256() != fused.sha256()
 
 
 def test_codes_under_a_scale_of_zero_are_kept_by_scales_alone(fused: Path) -> None:
