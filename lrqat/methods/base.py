@@ -175,7 +175,8 @@ class QuantizedLinear(torch.autograd.Function):
         """[..., I] -> [..., O]; keeps x and the small s and m, and the output where dL/dW is not formed."""
         affine = Affine(scale_OG, offset_OG)
         ctx.quantizer = quantizer
-        ctx.factored = quantizer.factored and scale_OG.shape[1] == 1
+        exact = bias is None or x.dtype == torch.float32  # a narrow Y has lost X W^T where the bias is large
+        ctx.factored = quantizer.factored and scale_OG.shape[1] == 1 and exact
         codes_OI = ends = None
         weight_OI = passing(quantizer.shape, x.dtype, x.device)
         if ctx.factored and large and quantizer.checkpointed and quantizer.compiled:
