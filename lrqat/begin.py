@@ -239,6 +239,7 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
             lr_scales=settings.block_lr_scales or 0.0,  # None: frozen in both stages
             seed=settings.seed,
             compile=settings.compile,
+            optimizer=settings.optimizer,
         ),
         prepare=gptq if "gptq" in settings.beginning.steps else None,
         finish=frozen_codes if settings.method == "efficientqat" else None,

@@ -54,6 +54,7 @@ class BlockSettings:
         last_lr: both fall along a cosine to this share.
         seed: of the order of the blocks.
         compile: the quantizers' element-wise work.
+        optimizer: adamw or adamw8bit, without decay.
     """
 
     epochs: int = 2
@@ -63,6 +64,7 @@ class BlockSettings:
     last_lr: float = 0.05
     seed: int = 0
     compile: bool = False
+    optimizer: str = "adamw"
 
 
 def block_ap(
@@ -149,7 +151,7 @@ def outside(plan: Plan, prefix: str) -> Plan:
 def train_layer(
     walk: Walk, number: int, x_NTH: Tensor, y_NTH: Tensor, settings: BlockSettings, order: list[Tensor]
 ) -> None:
-    """AdamW without decay on the mean squared error of one layer's output."""
+    """Adam on the mean squared error of one layer's output."""
     trained = {name: p for name, p in walk.layers[number].named_parameters() if p.requires_grad}
     if not trained:
         return
@@ -157,7 +159,7 @@ def train_layer(
         {"params": [p for name, p in trained.items() if ".gains." not in name], "lr": settings.lr},
         {"params": [p for name, p in trained.items() if ".gains." in name], "lr": settings.lr_scales},
     ]
-    optimizer = make_optimizer("adamw", [g for g in groups if g["params"]])
+    optimizer = make_optimizer(settings.optimizer, [g for g in groups if g["params"]])
     batches = [batch for epoch in order for batch in torch.split(epoch, settings.batch_size)]
 
     def share(step: int) -> float:

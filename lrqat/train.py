@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrqat.begin import (
     check_layers,
@@ -68,6 +68,8 @@ from lrqat.statistics import moved_share, statistics
 from lrqat.teacher import Blocks, cache_named, cache_teacher
 from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint
 
+DROPOUT = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")  # floats of transformers' modules
+
 
 class Interrupted(Exception):
     """The user stopped the run; a checkpoint was written."""
@@ -107,6 +109,9 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     text_NT, *beside = training_text(settings, base.tokenizer)
     seen_NT = draw(text_NT, settings.blocks_needed, settings.seed)
     blocks_NT, calibration_NT = seen_NT[: settings.blocks_trained], seen_NT[: settings.calibration_blocks or 0]
+    if settings.answers_only and settings.calibration_blocks:  # packed blocks have pads, and texts that do not meet
+        joined_NT = blocks(settings.data, base.tokenizer, settings.seq_len, enough=settings.calibration_blocks)
+        calibration_NT = draw(joined_NT, settings.calibration_blocks, settings.seed)
     fingerprint = make_fingerprint(base, seen_NT, settings)
     agree(fingerprint)
     if resume:
@@ -287,6 +292,16 @@ def leave_no_holes(model: Any) -> None:
         layer.register_forward_pre_hook(lambda *_: return_freed_memory())
 
 
+def without_dropout(model: Any) -> None:
+    """The student drops nothing, as its teacher did not; train mode itself is what checkpointing asks for."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in DROPOUT:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
 def make_trainer(
     model: Any, data: Blocks, settings: TrainSettings, out: Path, teacher_VH: Tensor | None = None
 ) -> LowRankTrainer:
@@ -300,6 +315,7 @@ def make_trainer(
             quantizer.checkpointed = True
         if wide(model.config) and not torch.cuda.is_available():
             leave_no_holes(model)
+    without_dropout(model)
     loss_model = LossModel(model, teacher_VH)
     copy_first(loss_model)
     trained = loss_model.trained()

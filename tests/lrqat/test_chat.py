@@ -13,9 +13,12 @@ import torch
 
 from lrqat.chat import answer_blocks, answered
 from lrqat.cli import main
+from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedCheckpoint
 from lrqat.losses import head_of
+from lrqat.settings import TrainSettings
+from lrqat.train import train
 from lrqat.trainer import LossModel
 
 CHATML = (
@@ -181,6 +184,37 @@ def test_a_run_on_answers_trains_and_says_so(
     assert main(["train", str(model), *words.split(), "--data", source, "--out", str(tmp_path / "run")]) == 0
     provenance = FusedCheckpoint.load(tmp_path / "run").provenance
     assert provenance["settings"]["answers_only"] is True
+
+
+def test_what_is_calibrated_on_has_no_pads_and_is_one_text(
+    tiny_model_dir: Path, tokenizer: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    class Seen(Exception):
+        """With the blocks."""
+
+    def look(_model: Any, _plan: Any, _settings: Any, calibration_NT: torch.Tensor, *_: Any) -> None:
+        raise Seen(calibration_NT)
+
+    monkeypatch.setattr("lrqat.train.make_quantized", look)
+    tokenizer.save_pretrained(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    source = rows(*[{"messages": TURNS}] * 20)
+    settings = TrainSettings(
+        model=str(tmp_path / "model"),
+        out=str(tmp_path / "run"),
+        data=(source,),
+        answers_only=True,
+        start="gptq",
+        calibration_blocks=2,
+        seq_len=64,
+        steps=1,
+    )
+    with pytest.raises(Seen) as seen:
+        train(settings)
+    (calibration_NT,) = seen.value.args
+    joined_NT = blocks([source], tokenizer, 64)
+    assert all((joined_NT == block_T).all(1).any() for block_T in calibration_NT) and len(calibration_NT) == 2
 
 
 def test_answers_only_without_data_is_one_line(

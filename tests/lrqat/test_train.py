@@ -23,7 +23,7 @@ from lrqat.models import fake_quant_model, locate
 from lrqat.plan import plan
 from lrqat.settings import TrainSettings
 from lrqat.teacher import Blocks
-from lrqat.train import make_trainer, swap_for_training
+from lrqat.train import make_trainer, swap_for_training, without_dropout
 from lrqat.trainer import Metrics, last_checkpoint, read_metrics
 
 STEPS = 16
@@ -361,3 +361,16 @@ def test_text_for_fewer_steps_than_asked_is_gone_through_again(tiny_model_dir: P
     words = [str(tiny_model_dir), "--data", str(tmp_path / "a.txt"), *SMALL, "--out", str(tmp_path / "run")]
     assert main(["train", *words]) == 0
     assert len(losses(tmp_path / "run")) == STEPS
+
+
+def test_the_student_drops_nothing_in_train_mode() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = OPTForCausalLM(OPTConfig(**sizes, dropout=0.3, attention_dropout=0.3, layerdrop=0.3)).eval()
+    ids_BT = torch.arange(24).view(2, 12)
+    alone = model(ids_BT).logits
+    assert not torch.equal(model.train()(ids_BT).logits, alone)
+    without_dropout(model)
+    assert torch.equal(model(ids_BT).logits, alone)
