@@ -178,8 +178,11 @@ def copy_first(model: torch.nn.Module) -> None:
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
+    from lrqat.pages import only_read
+
     for tensor in (*model.buffers(), *(p.detach() for p in model.parameters() if not p.requires_grad)):
-        torch.distributed.broadcast(tensor, 0)
+        if not only_read(tensor):  # what is mapped cannot be written to; each process has mapped the same values
+            torch.distributed.broadcast(tensor, 0)
     left = [name for name, _ in model.named_buffers()]
     left += [name for name, p in model.named_parameters() if not p.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, left)

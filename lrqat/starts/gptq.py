@@ -253,6 +253,8 @@ def by_columns(
 
 def inverse_factor(hessian_II: Tensor, damp: float, name: str) -> Tensor:
     """U with U^T U = (H + damp mean(diag H))^-1; more damping where float32 needs it. Means are of inputs that fire."""
+    if not hessian_II.isfinite().all():
+        raise LrqatError(f"{name}: the calibration inputs are not finite; use --dtype bfloat16 or float32")
     hessian_II = hessian_II.clone()
     diagonal_I = hessian_II.diagonal()
     silent_I = diagonal_I == 0
@@ -266,4 +268,4 @@ def inverse_factor(hessian_II: Tensor, damp: float, name: str) -> Tensor:
             upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
             if not failed:
                 return upper_II
-    raise LrqatError(f"{name}: the calibration inputs are not finite, or have no inverse; give more --data")
+    raise LrqatError(f"{name}: the calibration inputs' products have no inverse; give more --data")
