@@ -163,13 +163,12 @@ def _quantization_config(checkpoint: FusedCheckpoint, activations: Activations) 
         scheme = _scheme(affine(spec.grid), activations)
         schemes[str(scheme)] = scheme
         layers.setdefault(str(scheme), []).append(name.removesuffix(".weight"))
+    quantized_head = f"{HEAD}.weight" in checkpoint.specs
+    ignore = [*hf_directory.dense_linears(checkpoint), *([] if quantized_head else [HEAD])]
     if len(schemes) == 1:
-        ignore = hf_directory.dense_linears(checkpoint)
-        quantized_head = f"{HEAD}.weight" in checkpoint.specs
         targets = [["Linear", f"re:.*{HEAD}"] if quantized_head else ["Linear"]]  # vLLM's head is no Linear
-        ignore += [] if quantized_head else [HEAD]
     else:
-        targets, ignore = list(layers.values()), []
+        targets = list(layers.values())
     formats = {scheme["format"] for scheme in schemes.values()}
     groups = [{"targets": t, **scheme} for t, scheme in zip(targets, schemes.values(), strict=True)]
     return {
