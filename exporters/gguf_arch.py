@@ -127,7 +127,7 @@ def architecture_of(file: GgufFile) -> Architecture:
     heads = file.field(f"{name}.attention.head_count", int)
     kv_heads = file.field(f"{name}.attention.head_count_kv", int)
     blocks = file.field(f"{name}.block_count", int)
-    whole = f"blk.{blocks - 1}.attn_output.weight" in file.tensors
+    whole = blocks <= len(file.tensors) and f"blk.{blocks - 1}.attn_output.weight" in file.tensors
     if not whole or heads < 1 or kv_heads < 1 or not 0 <= experts <= MAX_EXPERTS:
         raise LrqatError(
             f"{file.path}: {blocks} blocks of {heads} and {kv_heads} heads, {experts} experts; export it again"
