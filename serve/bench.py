@@ -31,7 +31,7 @@ The result (JSON; what is not measured is null):
      "layouts": {LABEL: {"same", "names", "shapes", "dtypes", "bytes", "file_bytes_difference", "differing": [..]}},
      "ratios":  {LABEL: {METRIC: {"ratio", "low", "high", "samples", "sittings": [ratio, one a sitting]}}},
      "verdicts": {LABEL: "equal" | "faster" | "slower" | "unclear"},        of the first against LABEL
-     "judged_by": [METRIC, METRIC],                                         CPU times; on a GPU ttft_s and itl_s
+     "judged_by": [METRIC, METRIC],                                         CPU times; ttft_s and itl_s if on a GPU
      "limit": 0.03, "confidence": 0.95, "settings": {...}, "machine": {...}}
 
 `models` has the noise label too; `layouts`, `ratios` and `verdicts` have every label but the first's.
@@ -134,7 +134,8 @@ def bench(paths: Sequence[Path], settings: Settings, text: str) -> dict[str, Any
     served = {first: labels[first], noise: labels[first], **labels}
     gpu = runtime == "vllm" and has_cuda(settings.python or sys.executable)
     share = GPU_MEMORY / len(served) if gpu else None
-    judged_by = WALL if gpu else CPU  # what a GPU computes is no CPU time
+    offloads = gpu or (runtime == "llama.cpp" and shutil.which("llama-server") is not None)  # which may have a GPU
+    judged_by = WALL if offloads else CPU  # what a GPU computes is no CPU time
     samples: dict[str, Samples] = {label: {} for label in served}
     rng = np.random.default_rng(settings.seed)
     for number in range(settings.sittings):
