@@ -1,10 +1,11 @@
 """PEFT: LoRA adapters trained beside the full-precision weights with cross-entropy, merged, then rounded to nearest.
 
 The order of work that L4Q (arXiv 2402.04902) argues against. The rounding is `lrqat ptq`'s, so that the rows of L4Q and
-of this script differ in the training alone; both take the same steps over blocks of the same text. Rank 4 is L4Q's,
+of this script (l4q of benchmarks/quality.yaml) differ in the training alone: both begin at the nearest codes, or end
+there, and take 60 steps of two blocks of the same text. Rank 4 is L4Q's,
 alpha 8 and every linear but the head PEFT's usual. This script wants lrqat's own environment with peft in it.
 
-    python benchmarks/peers/with_peft.py MODEL OUT --grid w3g64 --steps 110 --text FILE...
+    python benchmarks/peers/with_peft.py MODEL OUT --grid w3g64 --steps 60 --text FILE...
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lrqat.fused import FusedCheckpoint
 def main() -> None:
     """Train, merge, round, and write what was rounded."""
     arguments = parser(__doc__ or "", grid="w3g64")
-    arguments.add_argument("--steps", type=int, default=110, help="AdamW steps (110)")
+    arguments.add_argument("--steps", type=int, default=60, help="AdamW steps (60)")
     arguments.add_argument("--seq-len", type=int, default=512, help="tokens of a block (512)")
     arguments.add_argument("--batch", type=int, default=2, help="blocks a step (2)")
     arguments.add_argument("--rank", type=int, default=4, help="of the adapters (4)")
