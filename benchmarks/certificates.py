@@ -34,11 +34,11 @@ CASES = (  # (grid, overrides, format, export options)
 )
 
 
-def command(module: str, *words: object) -> str:
-    """Run one of our commands; its stdout."""
+def command(module: str, *words: object, fails: int = 0) -> str:
+    """Run one of our commands; its stdout. `fails` is the status of one that says no."""
     line = [sys.executable, "-m", module, *map(str, words)]
     done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode not in (0, 1):  # 1: a certificate that says fail
+    if done.returncode not in (0, fails):
         sys.exit(f"{' '.join(line)}\n{done.stderr}")
     return done.stdout
 
@@ -60,7 +60,7 @@ def certify(
         command("exporters.cli", run, "--format", form, "--out", out, *options)
         more = ("--text", *args.text) if args.text else ()
         size = ("--sequences", args.sequences, "--seq-len", 512)
-        command("serve.parity_cli", run, out, "--python", args.python, *size, *more)
+        command("serve.parity_cli", run, out, "--python", args.python, *size, *more, fails=1)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return name, found
 
@@ -78,6 +78,12 @@ def main() -> None:
     args = parser.parse_args()
     args.trained = {label: Path(run) for label, _, run in (text.partition("=") for text in args.trained)}
     args.work.mkdir(parents=True, exist_ok=True)
+    asked = {"model": str(args.model), "trained": {label: str(run) for label, run in args.trained.items()}}
+    asked |= {"text": args.text, "sequences": args.sequences}
+    stamp = args.work / "asked.json"
+    if stamp.is_file() and (before := json.loads(stamp.read_text())) != asked:
+        sys.exit(f"{args.work}: holds certificates of {before}; name another --work")
+    stamp.write_text(json.dumps(asked))
     head = f"{'':38} {'weights':>9} {'KL':>9} {'top-1':>6} {'|d logp|':>9} {'control +':>10} {'control -':>10}  verdict"
     print(head, flush=True)
     rows = {}

@@ -388,6 +388,7 @@ def test_a_table_of_rows_from_several_machines_says_which_is_whose() -> None:
 
     assert "of one thread of A at 55 GFLOP/s" in written(slow) and "| of |" not in written(slow)
     assert "of one thread of A at 55 to 60 GFLOP/s" in written(slow, {**slow, "gflops": 60.0})
+    assert "(a) A at 30 GFLOP/s; (b) A at 55 GFLOP/s" in written(slow, {**slow, "gflops": 30.0})
     both = written(slow, fast)
     assert "(a) A at 55 GFLOP/s; (b) B at 120 GFLOP/s" in both
     assert "| 2 | a | 1.00 |" in both and "| 2 | b | 1.00 |" in both

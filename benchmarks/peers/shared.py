@@ -6,7 +6,7 @@ transformers only, and nothing of lrqat. Every run leaves
     OUT/model       a Hugging Face directory with the dequantized weights, exact: bfloat16 if that holds them all,
                     else float32
     OUT/cost.json   {"tool", "version", "method", "grid", "settings", "bits_per_weight",
-                     "seconds", "cpu_seconds", "peak_memory_gb", "machine"}
+                     "seconds", "cpu_seconds", "peak_memory_gb", "threads", "machine"}
 
 Costs count from the start of the process to the tool's own packed output; turning that into OUT/model is not counted.
 """
@@ -256,7 +256,7 @@ def finish(
     (out / "model/config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2))
     row = {**said, "seconds": cost.seconds, "cpu_seconds": cost.cpu_seconds, "peak_memory_gb": cost.peak_memory_gb}
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
-    row["machine"] = machine()
+    row |= {"threads": torch.get_num_threads(), "machine": machine()}
     (out / "cost.json.partial").write_text(json.dumps(row, indent=1) + "\n")
     os.replace(out / "cost.json.partial", out / "cost.json")
     (out / "unfinished").unlink()

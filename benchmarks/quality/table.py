@@ -19,6 +19,7 @@ from lrqat.jsonfile import read_json, write_json, write_text
 KINDS = ("valid", "test")
 TEXT = ("text", "sha256", "seq_len", "blocks")
 SCORES = ("kl", "perplexity", "word_perplexity", "top1")
+SAME_SPEED = 1.25  # times the slowest measurement of a machine, whose other work slows it down
 COSTS = ("seconds", "cpu_seconds", "core_minutes", "peak_memory_gb", "codes_moved")
 
 
@@ -93,14 +94,22 @@ def line(group: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def processors(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """{processor: what it is and what a core-minute on it is worth} of rows; it was measured whenever a run began."""
-    speeds: dict[str, list[float]] = {}
-    for row in rows:
-        for one in row["machines"]:
-            speeds.setdefault(one["processor"], []).append(one["gflops"])
-    ends = {name: [f"{end(found):.0f}" for end in (min, max)] for name, found in sorted(speeds.items())}
-    return {name: f"{name} at {' to '.join(dict.fromkeys(found))} GFLOP/s" for name, found in ends.items()}
+def machines_of(rows: Iterable[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Measurements (`benchmarks.peers.shared.machine`) of each machine: one processor, at about one speed."""
+    found = {(one["processor"], one["gflops"]): one for row in rows for one in row["machines"]}
+    groups: list[list[dict[str, Any]]] = []
+    for name, speed in sorted(found):
+        known = groups[-1][0] if groups else {"processor": None}
+        if known["processor"] != name or speed > SAME_SPEED * known["gflops"]:
+            groups.append([])
+        groups[-1].append(found[name, speed])
+    return groups
+
+
+def told_of(machine: list[dict[str, Any]]) -> str:
+    """A processor, and what a core-minute on it is worth."""
+    ends = dict.fromkeys(f"{machine[end]['gflops']:.0f}" for end in (0, -1))
+    return f"{machine[0]['processor']} at {' to '.join(ends)} GFLOP/s"
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float] | None:
@@ -120,16 +129,15 @@ def markdown(table: Mapping[str, Any]) -> str:
     ]
     head = ["grid", "row", "tool", "bits", "runs"]
     head += [f"{name}, {kind}" for kind in kinds for name in ("KL", "perplexity", "per word", "top-1")]
-    machines = processors(table["rows"])
-    letters = {name: chr(ord("a") + place) for place, name in enumerate(machines)}
+    machines = machines_of(table["rows"])
     head += ["core-min", *(["of"] if len(machines) > 1 else []), "GB", "codes moved"]
     zeroshot = table["zeroshot"]
     head += ["zero-shot"] if zeroshot else []
     codes = {one for row in table["rows"] for one in row["code_sha256"]}
     notes = f" Made by {len(codes)} versions of lrqat's code, which quality.json names." if len(codes) > 1 else ""
     if machines:
-        several = [f"({letters[name]}) {told}" for name, told in machines.items()]
-        each = "; ".join(several if len(machines) > 1 else machines.values())
+        each = "; ".join(f"({letter(place)}) {told_of(one)}" for place, one in enumerate(machines))
+        each = each if len(machines) > 1 else told_of(machines[0])
         notes += f" A core-minute is of one thread of {each}, float32."
     if zeroshot:
         tasks = ", ".join(f"{name} ({count})" for name, count in zeroshot.items())
@@ -154,7 +162,8 @@ def markdown(table: Mapping[str, Any]) -> str:
         least = ">= " if row["cost_is_a_lower_bound"] else ""
         cells += [(least + shown(row["core_minutes"], ".3g")).strip()]
         if len(machines) > 1:
-            cells += [" ".join(sorted({letters[one["processor"]] for one in row["machines"]}))]
+            on = [place for place, known in enumerate(machines) if any(one in known for one in row["machines"])]
+            cells += [" ".join(map(letter, on))]
         cells += [shown(row["peak_memory_gb"], ".2f")]
         cells += [shown(row["codes_moved"], ".2%")]
         if zeroshot:
@@ -162,6 +171,11 @@ def markdown(table: Mapping[str, Any]) -> str:
             cells += [shown(row["zeroshot"], ".4f") + (f" ± {error['mean']:.4f}" if error else "")]
         written.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(written) + "\n"
+
+
+def letter(place: int) -> str:
+    """Which machine of the note above the table."""
+    return chr(ord("a") + place)
 
 
 def shown(found: Mapping[str, float] | None, form: str) -> str:
