@@ -282,6 +282,8 @@ def train_settings(args: argparse.Namespace) -> TrainSettings:
             raise LrqatError(f"--for: {given['model']} is on its grid already; ask lrqat-export, or leave it out")
         given = continued(given)
     settings = TrainSettings(**given)
+    if args.tensor_parallel != 1 and not args.targets:
+        raise LrqatError("--tensor-parallel: is for --for, which picks the grid; leave it out")
     if args.targets:
         rules = (settings.override, settings.skip)
         grid = grid_for(settings.model, args.grid, *rules, args.targets, args.tensor_parallel)

@@ -315,6 +315,7 @@ def test_a_rotated_model_is_another_basis_of_the_same_model(tiny_model_dir: Path
         ("--block-epochs 0", "block_epochs: expected at least 1"),
         ("--block-lr 1e-3", "block_lr: is of Block-AP"),
         ("--method scales --block-lr-scales 1e-3", "give --block-epochs"),
+        ("--tensor-parallel 2", "--tensor-parallel: is for --for"),
         ("--block-epochs 1 --lr-scales 0 --block-lr-scales 1e-3", "lr_scales 0 freezes"),
         ("--method scales --block-epochs 1 --block-lr-scales 0", "block_lr_scales: at 0"),
         ("--block-epochs 1 --activations 8", "Block-AP does not round them"),
