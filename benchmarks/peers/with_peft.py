@@ -1,9 +1,9 @@
 """PEFT: LoRA adapters trained beside the full-precision weights with cross-entropy, merged, then rounded to nearest.
 
 The order of work that L4Q (arXiv 2402.04902) argues against. The rounding is `lrqat ptq`'s, so that the rows of L4Q and
-of this script (l4q of benchmarks/quality.yaml) differ in the training alone: both begin at the nearest codes, or end
-there, and take 60 steps of two blocks of the same text. Rank 4 is L4Q's,
-alpha 8 and every linear but the head PEFT's usual. This script wants lrqat's own environment with peft in it.
+of this script (l4q of benchmarks/quality.yaml) differ in the training alone: that one begins at the nearest codes, this
+one ends there, both after 60 steps of two blocks of the same text. Rank 4 is L4Q's, alpha 8 and every linear but the
+head PEFT's usual. This script wants lrqat's own environment with peft in it.
 
     python benchmarks/peers/with_peft.py MODEL OUT --grid w3g64 --steps 60 --text FILE...
 """
