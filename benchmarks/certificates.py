@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lrqat.jsonfile import read_json, write_json
+
 CASES = (  # (grid, overrides, format, export options)
     ("w4g32", (), "gguf", ()),
     ("w4g32-min", (), "gguf", ()),
@@ -61,8 +63,7 @@ def certify(
         more = ("--text", *args.text) if args.text else ()
         size = ("--sequences", args.sequences, "--seq-len", 512)
         command("serve.parity_cli", run, out, "--python", args.python, *size, *more, fails=1)
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return name, found
+    return name, read_json(path)
 
 
 def main() -> None:
@@ -81,9 +82,9 @@ def main() -> None:
     asked = {"model": str(args.model), "trained": {label: str(run) for label, run in args.trained.items()}}
     asked |= {"text": args.text, "sequences": args.sequences}
     stamp = args.work / "asked.json"
-    if stamp.is_file() and (before := json.loads(stamp.read_text())) != asked:
+    if stamp.is_file() and (before := read_json(stamp)) != asked:
         sys.exit(f"{args.work}: holds certificates of {before}; name another --work")
-    stamp.write_text(json.dumps(asked))
+    write_json(stamp, asked)
     head = f"{'':38} {'weights':>9} {'KL':>9} {'top-1':>6} {'|d logp|':>9} {'control +':>10} {'control -':>10}  verdict"
     print(head, flush=True)
     rows = {}
