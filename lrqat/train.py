@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrqat.begin import (
     check_layers,
@@ -66,9 +66,7 @@ from lrqat.shards import Shards, check_shards, unshard
 from lrqat.starts.walk import decoder_layers
 from lrqat.statistics import moved_share, statistics
 from lrqat.teacher import Blocks, cache_named, cache_teacher
-from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint
-
-DROPOUT = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")  # floats of transformers' modules
+from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint, without_dropout
 
 
 class Interrupted(Exception):
@@ -109,9 +107,6 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     text_NT, *beside = training_text(settings, base.tokenizer)
     seen_NT = draw(text_NT, settings.blocks_needed, settings.seed)
     blocks_NT, calibration_NT = seen_NT[: settings.blocks_trained], seen_NT[: settings.calibration_blocks or 0]
-    if settings.answers_only and settings.calibration_blocks:  # packed blocks have pads, and texts that do not meet
-        joined_NT = blocks(settings.data, base.tokenizer, settings.seq_len, enough=settings.calibration_blocks)
-        calibration_NT = draw(joined_NT, settings.calibration_blocks, settings.seed)
     fingerprint = make_fingerprint(base, seen_NT, settings)
     agree(fingerprint)
     if resume:
@@ -119,6 +114,9 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
         if (out / "summary.json").is_file() and (out / "fused" / "fused.json").is_file():
             log(f"{out}: complete already")
             return read_json(out / "summary.json")
+    if settings.answers_only and settings.calibration_blocks:  # packed blocks have pads, and texts that do not meet
+        joined_NT = blocks(settings.data, base.tokenizer, settings.seq_len, enough=settings.calibration_blocks)
+        calibration_NT = draw(joined_NT, settings.calibration_blocks, settings.seed)
     entries = conversion(base, dtype) if isinstance(base, Base) and device().type == "cpu" else []
     check_offload(settings, decided, skeleton, device(), sum(entry.nbytes for entry in entries))
     log(f"{settings.model}: {decided}")
@@ -290,16 +288,6 @@ def leave_no_holes(model: Any) -> None:
     give_large_blocks_back()
     for layer in decoder_layers(model)[1]:
         layer.register_forward_pre_hook(lambda *_: return_freed_memory())
-
-
-def without_dropout(model: Any) -> None:
-    """The student drops nothing, as its teacher did not; train mode itself is what checkpointing asks for."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in DROPOUT:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 def make_trainer(

@@ -32,6 +32,8 @@ from lrqat.optimizer import load_state, state_of
 from lrqat.pages import give_back, only_read
 from lrqat.ranks import agreed
 
+DROPOUT = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")  # floats of transformers' modules
+
 
 def give_back_mapped(module: Any, *_: Any) -> None:
     """Let go of an embedding's pages. Looked at every time: were it copied meanwhile, its values would be gone."""
@@ -84,6 +86,16 @@ class LossModel(nn.Module):
     def trained(self) -> dict[str, Tensor]:
         """The parameters that training changes."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def without_dropout(model: Any) -> None:
+    """The student drops nothing, as its teacher did not; train mode itself is what checkpointing asks for."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in DROPOUT:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 class LowRankTrainer(Trainer):

@@ -23,8 +23,8 @@ from lrqat.models import fake_quant_model, locate
 from lrqat.plan import plan
 from lrqat.settings import TrainSettings
 from lrqat.teacher import Blocks
-from lrqat.train import make_trainer, swap_for_training, without_dropout
-from lrqat.trainer import Metrics, last_checkpoint, read_metrics
+from lrqat.train import make_trainer, swap_for_training
+from lrqat.trainer import Metrics, last_checkpoint, read_metrics, without_dropout
 
 STEPS = 16
 FLAGS = ["--grid", "w3g32", "--steps", STEPS, "--seq-len", 32, "--batch-size", 2, "--rank", 4, "--save-every", 4]
