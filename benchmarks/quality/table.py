@@ -19,7 +19,7 @@ from lrqat.jsonfile import read_json, write_json, write_text
 KINDS = ("valid", "test")
 TEXT = ("text", "sha256", "seq_len", "blocks")
 SCORES = ("kl", "perplexity", "word_perplexity", "top1")
-SAME_SPEED = 1.25  # times the slowest measurement of a machine, whose other work slows it down
+SAME_SPEED = 1.25  # times the slowest measurement of a machine, whose caches and clock other work shares
 COSTS = ("seconds", "cpu_seconds", "core_minutes", "peak_memory_gb", "codes_moved")
 
 
