@@ -129,10 +129,10 @@ def _text_ids(text: str, tokenizer: Any) -> Iterator[list[int]]:
         yield [tokenizer.eos_token_id]
 
 
-def draw(blocks_NT: Tensor, count: int, seed: int) -> Tensor:
-    """At most `count` of the blocks, in an order drawn from the seed."""
+def draw(blocks_NT: Tensor, count: int, seed: int, behind: int = 0) -> Tensor:
+    """At most `count` of the blocks, in an order drawn from the seed; the first `behind` of that order come last."""
     order = torch.randperm(len(blocks_NT), generator=torch.Generator().manual_seed(seed))
-    return blocks_NT[order[:count]]
+    return blocks_NT[order.roll(-behind)[:count]]
 
 
 def blocks(

@@ -218,8 +218,8 @@ class TrainSettings:
 
     @property
     def blocks_needed(self) -> int:
-        """Blocks that the run sees, calibration included, if there is enough text."""
-        return max(self.blocks_trained, self.calibration_blocks or 0)
+        """Blocks that the run sees, calibration's and then the steps', if there is enough text."""
+        return (self.calibration_blocks or 0) + self.blocks_trained
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON and for the run's fingerprint."""

@@ -105,31 +105,35 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     decided = fused.plan(skeleton, settings.rank) if fused else plan(skeleton, settings.assignment, settings.rank)
     dtype = getattr(torch, settings.dtype)
     text_NT, *beside = training_text(settings, base.tokenizer)
-    seen_NT = draw(text_NT, settings.blocks_needed, settings.seed)
-    blocks_NT, calibration_NT = seen_NT[: settings.blocks_trained], seen_NT[: settings.calibration_blocks or 0]
-    fingerprint = make_fingerprint(base, seen_NT, settings)
+    calibrated = settings.calibration_blocks or 0
+    calibration_NT = draw(text_NT, calibrated, settings.seed)
+    # Steps on the text that Block-AP has fitted the layers to would see errors smaller than they are
+    blocks_NT = draw(text_NT, settings.blocks_trained, settings.seed, calibrated)
+    fingerprint = make_fingerprint(base, torch.cat((calibration_NT, blocks_NT)), settings)
     agree(fingerprint)
     if resume:
         check_fingerprint(out / "run.json", fingerprint)
         if (out / "summary.json").is_file() and (out / "fused" / "fused.json").is_file():
             log(f"{out}: complete already")
             return read_json(out / "summary.json")
-    if settings.answers_only and settings.calibration_blocks:  # packed blocks have pads, and texts that do not meet
-        joined_NT = blocks(settings.data, base.tokenizer, settings.seq_len, enough=settings.calibration_blocks)
-        calibration_NT = draw(joined_NT, settings.calibration_blocks, settings.seed)
+    if settings.answers_only and calibrated:  # packed blocks have pads, and texts that do not meet
+        joined_NT = blocks(settings.data, base.tokenizer, settings.seq_len, enough=calibrated)
+        calibration_NT = draw(joined_NT, calibrated, settings.seed)
     entries = conversion(base, dtype) if isinstance(base, Base) and device().type == "cpu" else []
     check_offload(settings, decided, skeleton, device(), sum(entry.nbytes for entry in entries))
     log(f"{settings.model}: {decided}")
     tell_uncalibrated(decided, settings.beginning)
     log(f"{settings.model}: {len(blocks_NT)} blocks of {settings.seq_len} tokens, {settings.steps} steps")
-    if len(calibration_NT) < (settings.calibration_blocks or 0):
-        log(f"calibration: the text has {len(calibration_NT)} of the {settings.calibration_blocks} blocks asked for")
+    if len(calibration_NT) < calibrated:
+        log(f"calibration: the text has {len(calibration_NT)} of the {calibrated} blocks asked for")
+    if calibrated and len(text_NT) < settings.blocks_needed:
+        log(f"data: {len(text_NT)} blocks, {settings.blocks_needed} are needed: steps see some that calibrate, too")
     if widens(dtype, device().type):
         log(f"dtype: this CPU has no instructions for {settings.dtype}; --dtype float32 is faster, in more memory")
     mine, order = share(len(blocks_NT), settings.blocks_trained, settings.batch_size).unique(return_inverse=True)
     blocks_NT = blocks_NT[mine]
     answers_NT, positions_NT = (
-        None if tensor_NT is None else draw(tensor_NT, settings.blocks_trained, settings.seed)[mine]
+        None if tensor_NT is None else draw(tensor_NT, settings.blocks_trained, settings.seed, calibrated)[mine]
         for tensor_NT in beside
     )
     teacher = out / own("teacher.npy") if settings.loss == "kd" else None

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lrqat import data
-from lrqat.data import blocks, default_texts, documents, token_stream
+from lrqat.data import blocks, default_texts, documents, draw, token_stream
 from lrqat.errors import LrqatError
 
 EOS = 2
@@ -203,3 +205,15 @@ def test_sources_follow_each_other_and_a_dataset_gives_no_more_than_enough(tmp_p
     row = len(first) // 100
     assert len(some) <= 12 + row + len(last) and some[:12] == first[:12]
     assert tiny_tokenizer.decode(some).count("text that comes") == 1
+
+
+@given(total=st.integers(1, 12), first=st.integers(0, 15), second=st.integers(1, 15), seed=st.integers(0, 3))
+def test_two_draws_one_behind_the_other_meet_only_where_the_text_is_short(
+    total: int, first: int, second: int, seed: int
+) -> None:
+    numbers_N1 = torch.arange(total)[:, None]
+    one, other = (
+        set(draw(numbers_N1, count, seed, behind).flatten().tolist()) for count, behind in ((first, 0), (second, first))
+    )
+    assert len(one) == min(first, total) and len(other) == min(second, total)
+    assert len(one & other) == max(0, len(one) + len(other) - total)

@@ -382,7 +382,7 @@ def test_the_methods_defaults_are_filled_in() -> None:
     assert TrainSettings("m", "o", method="l4q", rank=8).rank == 8
     assert TrainSettings("m", "o").calibration_blocks is None
     found = TrainSettings("m", "o", start="gptq", steps=1)
-    assert found.calibration_blocks == found.blocks_needed == 64 and found.blocks_trained == 2
+    assert found.calibration_blocks == 64 and found.blocks_trained == 2 and found.blocks_needed == 66
     with pytest.raises(LrqatError, match=r"^start: expected one of rtn, gptq"):
         TrainSettings("m", "o", start="nearest")
 

@@ -22,8 +22,8 @@ from lrqat.fused import FusedCheckpoint
 from lrqat.models import fake_quant_model, locate
 from lrqat.plan import plan
 from lrqat.settings import TrainSettings
-from lrqat.teacher import Blocks
-from lrqat.train import make_trainer, swap_for_training
+from lrqat.teacher import Blocks, cache_teacher
+from lrqat.train import make_quantized, make_trainer, swap_for_training
 from lrqat.trainer import Metrics, last_checkpoint, read_metrics, without_dropout
 
 STEPS = 16
@@ -361,6 +361,33 @@ def test_text_for_fewer_steps_than_asked_is_gone_through_again(tiny_model_dir: P
     words = [str(tiny_model_dir), "--data", str(tmp_path / "a.txt"), *SMALL, "--out", str(tmp_path / "run")]
     assert main(["train", *words]) == 0
     assert len(losses(tmp_path / "run")) == STEPS
+
+
+def test_steps_see_other_blocks_than_the_layers_were_fitted_to(
+    tiny_model_dir: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    taught, calibrated = [], []
+
+    def teach(path: Path, body: Any, blocks_NT: torch.Tensor, *rest: Any) -> None:
+        taught.append(blocks_NT)
+        cache_teacher(path, body, blocks_NT, *rest)
+
+    def make(model: Any, decided: Any, settings: Any, calibration_NT: torch.Tensor, *rest: Any) -> None:
+        calibrated.append(calibration_NT)
+        make_quantized(model, decided, settings, calibration_NT, *rest)
+
+    monkeypatch.setattr("lrqat.train.cache_teacher", teach)
+    monkeypatch.setattr("lrqat.train.make_quantized", make)
+    words = [str(tiny_model_dir), "--data", str(text), *SMALL, "--start", "gptq", "--calibration-blocks"]
+    for count in (8, 10_000):
+        assert main(["train", *words, str(count), "--out", str(tmp_path / str(count))]) == 0
+        shared = (taught.pop()[:, None] == calibrated.pop()[None]).all(2).any().item()
+        assert shared == (count == 10_000)
+        assert ("steps see some that calibrate" in capsys.readouterr().err) == shared
 
 
 def test_the_student_drops_nothing_in_train_mode() -> None:
