@@ -246,7 +246,8 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
         folder=folder,
         key=key,
     )
-    log(f"block-ap: relative error of the last layer's output {errors[-1]:.3g}")
+    if errors:
+        log(f"block-ap: relative error of the last layer's output {errors[-1]:.3g}")
     if settings.compile:
         compile_tiles(model)
     Rounding().but(None, settings.kv).apply(model)  # Block-AP's targets and inputs have none

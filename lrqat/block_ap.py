@@ -81,7 +81,7 @@ def block_ap(
 ) -> list[float]:
     """Swap and train every decoder layer; what is planned outside of them is swapped at the end.
 
-    Returns each layer's mean squared error at x_k, relative to its targets' mean square.
+    Returns each planned layer's mean squared error at x_k, relative to its targets' mean square.
 
     Args:
         model: the full-precision model; left as `swap` leaves it.
@@ -97,9 +97,11 @@ def block_ap(
         key: identifies model, data and settings; files under another key are refused.
     """
     prefix, layers = decoder_layers(model)
-    paths = [None if folder is None else kept.layer_path(folder, number) for number in range(len(layers))]
+    planned = [bool(inside(plan, f"{prefix}.{number}.").grids) for number in range(len(layers))]
+    paths = [kept.layer_path(folder, number) if folder and planned[number] else None for number in range(len(layers))]
     done = [path is not None and path.is_file() for path in paths]
-    walk = None if all(done) else Walk(model, blocks_NT)
+    left = [number for number in range(len(layers)) if planned[number] and not done[number]]
+    walk = Walk(model, blocks_NT) if left else None
     if walk:
         student_NTH = walk.begin()
         teacher_NTH = student_NTH.clone()
@@ -107,13 +109,15 @@ def block_ap(
     errors = []
     for number in bar(range(len(layers)), "block-ap"):
         order = [torch.randperm(len(blocks_NT), generator=generator) for _ in range(settings.epochs)]
-        path, layer = paths[number], layers[number]
+        path, layer, trains = paths[number], layers[number], number in left
+        if walk and number > left[-1]:
+            walk = None
         if walk:
             walk.run(number, teacher_NTH, teacher_NTH)
-            if prepare and not done[number]:
+            if prepare and trains:
                 prepare(walk, number, student_NTH)
         swap(model, inside(plan, f"{prefix}.{number}."), make)
-        if walk and not done[number]:
+        if walk and trains:
             if settings.compile:
                 compile_tiles(layer)
             train_layer(walk, number, student_NTH, teacher_NTH, settings, order)
@@ -124,7 +128,7 @@ def block_ap(
         layer.requires_grad_(False)
         if walk:
             walk.run(number, student_NTH, student_NTH)
-            if not done[number]:
+            if trains:
                 errors.append(relative_error(student_NTH, teacher_NTH))
                 if path:
                     save_layer(layer, path, key, errors[-1])

@@ -24,6 +24,7 @@ from lrqat.ranges import start
 from lrqat.sites import Site
 from lrqat.starts.codes import rounded
 from lrqat.starts.gptq import gptq_layer
+from lrqat.starts.walk import Walk
 
 GRID = Grid.parse("w2g32")
 QUICK = BlockSettings(epochs=1, batch_size=4, lr=2e-4, lr_scales=2e-3)
@@ -129,6 +130,29 @@ def test_where_all_layers_are_finished_no_state_is_computed(
     assert [n for n, p in again.named_parameters() if p.requires_grad] == [
         n for n, p in model.named_parameters() if p.requires_grad
     ]
+
+
+@pytest.mark.parametrize(("skip", "reached"), [("layers.1.", {0}), ("layers.0.", {0, 1})])
+def test_no_state_is_computed_behind_the_last_layer_that_is_planned(
+    trained_model_dir: Path,
+    texts: list[Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    skip: str,
+    reached: set[int],
+) -> None:
+    seen = set()
+
+    def run(walk: Walk, number: int, *states: Any) -> Tensor:
+        seen.add(number)
+        return walked(walk, number, *states)
+
+    walked = Walk.run
+    monkeypatch.setattr(Walk, "run", run)
+    model, _ = load(trained_model_dir)
+    planned = plan(model, Assignment.make(GRID, skip=(skip,)))
+    errors = block_ap(model, planned, texts[0][:16], Maker(), QUICK, folder=tmp_path / "a", key="k")
+    assert seen == reached and len(errors) == len(list((tmp_path / "a").glob("*"))) == 1
 
 
 def test_codes_can_be_frozen_behind_it_and_are_read_back_as_they_were(
