@@ -96,6 +96,11 @@ class Grid(ABC):
 
     @property
     @abstractmethod
+    def step(self) -> float:
+        """Mean distance of neighbouring levels."""
+
+    @property
+    @abstractmethod
     def bounds(self) -> tuple[float, float]:
         """Latents outside of them are clipped: half a step beyond the ends."""
 
@@ -178,6 +183,11 @@ class EvenGrid(Grid):
     def ends(self) -> tuple[float, float]:
         """The levels of the first and the last code."""
         return float(self.first), float(self.first + self.codes - 1)
+
+    @property
+    def step(self) -> float:
+        """1."""
+        return 1.0
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -65,6 +65,12 @@ class CodebookGrid(Grid):
         return min(self.table), max(self.table)
 
     @property
+    def step(self) -> float:
+        """The range over the number of gaps; entries of one value count once."""
+        low, high = self.ends
+        return (high - low) / (len(set(self.table)) - 1)
+
+    @property
     def bounds(self) -> tuple[float, float]:
         """Half a step beyond the ends."""
         levels = sorted(set(self.table))

@@ -1,15 +1,18 @@
 """LR-QAT (arXiv 2406.06385): low-rank adapters inside the rounding of frozen weights.
 
-    W^ = s * nearest(Phi0 + (alpha/r) A B) + m                               (eq. 8, on any grid)
+    W^ = s * nearest(Phi0 + c A B) + m,    c = (alpha/r) step                (eq. 8, on any grid)
     Phi0 = phi(clip((W0 - m0) / s0))  frozen, in one of three downcasts phi:
         fixed    Q_b.(8-b) fixed point in an int8: b bits of integer, 8-b of fraction        (eq. 7)
         int      the codes alone, two to a byte up to 4 bits
         bf16     bfloat16
 
-Trained: A [O, R] (Kaiming), B [R, I] (zero), and the grid's parts. With u = Phi0 + (alpha/r) A B, the
-straight-through estimator (nearest' = 1 inside the range, 0 outside) gives
+The grid's step is 1 where levels are integers; a codebook's levels may be further apart (IQ4_NL: 16), and the same
+learning rate moves as many of its codes.
 
-    dL/du = dL/dW * s * [u inside],   dA = (alpha/r) dL/du B^T,   dB = (alpha/r) A^T dL/du,
+Trained: A [O, R] (Kaiming), B [R, I] (zero), and the grid's parts. With u = Phi0 + c A B, the straight-through
+estimator (nearest' = 1 inside the range, 0 outside) gives
+
+    dL/du = dL/dW * s * [u inside],   dA = c dL/du B^T,   dB = c A^T dL/du,
     ds    = sum over the group of dL/dW * level,   dm = sum of dL/dW         (Phi0 is frozen at s0, m0)
 
 Parts are trained by gains (`lrqat.methods.gains`). The authors' code draws the factor of the inputs (B here, with the
@@ -44,7 +47,7 @@ class LRQAT(GainQuantizer):
         start: the grid's parts that it is rounded with at the start (`lrqat.ranges.start`).
         grid: any grid.
         rank: R.
-        alpha: the adapter's multiplier is alpha / rank.
+        alpha: the adapter's multiplier is alpha / rank, in steps of the grid.
         downcast: how Phi0 is stored: "fixed", "int" or "bf16".
         learn_scales: train gains on the parts; otherwise they stay as they are.
         generator: draws A.
@@ -73,7 +76,7 @@ class LRQAT(GainQuantizer):
         if not 1 <= rank <= min(rows, columns):
             raise LrqatError(f"rank: expected 1 to {min(rows, columns)} for a {rows}x{columns} weight, got {rank}")
         self.downcast = downcast
-        self.multiplier = alpha / rank
+        self.multiplier = alpha / rank * grid.step
         self.register_buffer("phi", self._store(weight_OI, grid.affine(start)), persistent=False)
         a_OR = torch.empty(rows, rank)
         nn.init.kaiming_uniform_(a_OR, a=5**0.5, generator=generator)
@@ -99,7 +102,7 @@ class LRQAT(GainQuantizer):
         return fill(*self.shape, store)
 
     def pieces(self, rows: Rows) -> Pieces:
-        """(Phi0 as it is stored, (alpha/r) A B)."""
+        """(Phi0 as it is stored, c A B)."""
         a_KR, b_RI = self.a_OR[rows].detach() * self.multiplier, self.b_RI.detach()
         delta_KI = passing((len(a_KR), self.shape[1]), torch.float32, a_KR.device, "delta")
         return self._phi(rows), torch.mm(a_KR, b_RI, out=delta_KI)
@@ -110,7 +113,7 @@ class LRQAT(GainQuantizer):
 
     @staticmethod
     def latent_of(grid: Grid, pieces: Pieces, affine: Affine) -> Tensor:
-        """u = Phi0 + (alpha/r) A B."""
+        """u = Phi0 + c A B."""
         phi_KI, delta_KI = pieces
         if phi_KI.dtype == torch.uint8:
             return delta_KI + grid.decode(phi_KI)

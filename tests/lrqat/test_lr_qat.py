@@ -40,7 +40,7 @@ def perturb(quantizer: LRQAT, seed: int = 1, size: float = 0.3) -> None:
     """Move it as training would: adapters away from zero (by steps of the grid), scales away from their start."""
     generator = torch.Generator().manual_seed(seed)
     low, high = quantizer.grid.bounds
-    quantizer.b_RI.data.normal_(0, size * (high - low) / 4, generator=generator)
+    quantizer.b_RI.data.normal_(0, size * (high - low) / quantizer.grid.step / 4, generator=generator)
     for gain in quantizer.gains.values():
         gain.data += 0.1 * torch.rand(gain.shape, generator=generator)
 
@@ -242,12 +242,16 @@ def test_an_input_without_gradient_still_trains_the_layer() -> None:
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(8, 8.0), (8, 1.0), (32, 1.0), (1, 3.0)])
-def test_adapters_are_multiplied_by_alpha_over_rank(rank: int, alpha: float) -> None:
-    quantizer = make(rank=rank, alpha=alpha)
+@pytest.mark.parametrize(("spelling", "step"), [("w4g32", 1), ("q4_k", 1), ("iq4_nl", 16), ("mxfp4", 12 / 14)])
+def test_adapters_are_multiplied_by_alpha_over_rank_in_steps_of_the_grid(
+    rank: int, alpha: float, spelling: str, step: float
+) -> None:
+    quantizer = make(spelling, rank=rank, alpha=alpha)
     perturb(quantizer)
     added_OI = quantizer.latent(slice(None), quantizer.affine()) - quantizer.frozen(slice(None))
-    expected_OI = alpha / rank * (quantizer.a_OR @ quantizer.b_RI).detach()
-    assert torch.allclose(added_OI, expected_OI, atol=2.0**-20)  # latents below 8 carry 2^-21 of rounding
+    expected_OI = alpha / rank * step * (quantizer.a_OR @ quantizer.b_RI).detach()
+    # Latents of up to 32 steps carry 2^-19 of a step of rounding, twice
+    assert torch.allclose(added_OI, expected_OI, atol=2.0**-18 * step)
 
 
 def test_adapters_start_as_the_paper_has_them() -> None:
