@@ -350,7 +350,7 @@ def test_the_plan_that_comes_with_it_is_sound() -> None:
     found = plan.read(path, Path("."))
     plan.check(found, ["text.txt"])
     assert len(found) == 31 and len({row.label for row in found}) == 31
-    assert {row.grid for row in found if row.name == "lrqat"} == {"w4g32", "w4", "w3g64", "w3", "w2g64"}
+    assert {row.grid for row in found if row.name == "lrqat"} == {"w4g32", "iq4_nl", "w4", "w3g64", "w3", "w2g64"}
 
 
 def test_peers_are_calibrated_on_the_tokens_that_lrqat_is(tiny_model_dir: Path, tmp_path: Path) -> None:
