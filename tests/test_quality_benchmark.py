@@ -349,7 +349,7 @@ def test_the_plan_that_comes_with_it_is_sound() -> None:
     path = Path(__file__).resolve().parent.parent / "benchmarks" / "quality.yaml"
     found = plan.read(path, Path("."))
     plan.check(found, ["text.txt"])
-    assert len(found) == 31 and len({row.label for row in found}) == 31
+    assert len(found) == 37 and len({row.label for row in found}) == 37
     assert {row.grid for row in found if row.name == "lrqat"} == {"w4g32", "iq4_nl", "w4", "w3g64", "w3", "w2g64"}
 
 
