@@ -250,8 +250,7 @@ def test_adapters_are_multiplied_by_alpha_over_rank_in_steps_of_the_grid(
     perturb(quantizer)
     added_OI = quantizer.latent(slice(None), quantizer.affine()) - quantizer.frozen(slice(None))
     expected_OI = alpha / rank * step * (quantizer.a_OR @ quantizer.b_RI).detach()
-    # Latents of up to 32 steps carry 2^-19 of a step of rounding, twice
-    assert torch.allclose(added_OI, expected_OI, atol=2.0**-18 * step)
+    assert torch.allclose(added_OI, expected_OI, atol=2.0**-20 * step)  # latents below 8 steps carry 2^-21 of rounding
 
 
 def test_adapters_start_as_the_paper_has_them() -> None:
