@@ -97,10 +97,10 @@ def block_ap(
         key: identifies model, data and settings; files under another key are refused.
     """
     prefix, layers = decoder_layers(model)
-    planned = [bool(inside(plan, f"{prefix}.{number}.").grids) for number in range(len(layers))]
-    paths = [kept.layer_path(folder, number) if folder and planned[number] else None for number in range(len(layers))]
+    plans = [inside(plan, f"{prefix}.{number}.") for number in range(len(layers))]
+    paths = [kept.layer_path(folder, n) if folder and own.grids else None for n, own in enumerate(plans)]
     done = [path is not None and path.is_file() for path in paths]
-    left = [number for number in range(len(layers)) if planned[number] and not done[number]]
+    left = [number for number, own in enumerate(plans) if own.grids and not done[number]]
     walk = Walk(model, blocks_NT) if left else None
     if walk:
         student_NTH = walk.begin()
@@ -116,7 +116,7 @@ def block_ap(
             walk.run(number, teacher_NTH, teacher_NTH)
             if prepare and trains:
                 prepare(walk, number, student_NTH)
-        swap(model, inside(plan, f"{prefix}.{number}."), make)
+        swap(model, plans[number], make)
         if walk and trains:
             if settings.compile:
                 compile_tiles(layer)
