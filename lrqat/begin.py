@@ -224,8 +224,10 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
     lr = settings.lr if settings.block_lr is None else settings.block_lr
     parts: Found = {}
 
-    def gptq(walk: Walk, number: int, states_NTH: Tensor) -> None:
-        parts.update(gptq_layer(model, plan, walk, number, states_NTH, settings.range_p))
+    def gptq(walk: Walk, number: int, x_NTH: Tensor, y_NTH: Tensor) -> dict[str, Tensor]:
+        begun = gptq_layer(model, plan, walk, number, x_NTH, y_NTH, settings.range_p)
+        parts.update({name: each.parts for name, each in begun.items()})
+        return {plan.sites[name].origin.parameter: each.weight_OI for name, each in begun.items()}
 
     errors = block_ap(
         model,

@@ -17,7 +17,7 @@ all are finished, no state is computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from lrqat.plan import Plan
 from lrqat.sites import TRAINED
 from lrqat.starts.walk import Walk, decoder_layers
 
-Prepare = Callable[[Walk, int, Tensor], None]
+Prepare = Callable[[Walk, int, Tensor, Tensor], Mapping[str, Tensor]]
 Finish = Callable[[WeightQuantizer], WeightQuantizer]
 
 
@@ -89,9 +89,9 @@ def block_ap(
         blocks_NT: calibration tokens; the paper has 4096 blocks of 2048.
         make: as in `swap`.
         settings: of the training.
-        prepare: called with the walk, a layer's number and x_k before that layer is swapped, for example to put GPTQ's
-            W' in place (`gptq_layer`). Not called for a layer that is read from its file: there `make` may begin
-            anywhere, what it made is overwritten.
+        prepare: called with the walk, a layer's number, a copy of x_k, and y_k, which it makes y_{k+1}; returns the
+            weights that the layer is to begin with, by parameter, for example GPTQ's W' (`gptq_layer`). Not called for
+            a layer that is read from its file: there `make` may begin anywhere, what it made is overwritten.
         finish: what becomes of each trained quantizer.
         folder: holds a file for each finished layer; None: nothing is kept.
         key: identifies model, data and settings; files under another key are refused.
@@ -113,9 +113,11 @@ def block_ap(
         if walk and number > left[-1]:
             walk = None
         if walk:
-            walk.run(number, teacher_NTH, teacher_NTH)
             if prepare and trains:
-                prepare(walk, number, student_NTH)
+                for name, weight_OI in prepare(walk, number, student_NTH.clone(), teacher_NTH).items():
+                    model.get_parameter(name).data.copy_(weight_OI)
+            else:
+                walk.run(number, teacher_NTH, teacher_NTH)
         swap(model, plans[number], make)
         if walk and trains:
             if settings.compile:

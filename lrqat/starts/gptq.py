@@ -13,14 +13,15 @@ are, at few bits. Rows do not know of each other, and sum e^2 over the columns i
 (w - w^) (H + damp mean(diag H)) (w - w^)^T. So every row is rounded in each of some RANGES, and the best is kept.
 Inputs that never fire come last and do not count.
 
-Decoder layers come one after the other, so memory is the model, hidden states and the Hessians of one layer's inputs;
-matrices that share their input (q, k, v) share the Hessian. Inside a decoder layer all Hessians are of its unrounded
-weights (GPTQ's code without --true-sequential: SmolLM2's layers err .2 to 2% more). Experts in 3-D parameters, the head
-and the embeddings are left to the range search.
+Decoder layers come one after the other, and inside of them one input after the other. What is rounded is not W, but the
+weight that gives the full-precision model's outputs behind all that has been rounded before (`lrqat.starts.targets`).
+Memory is the model, one decoder layer more, two sets of hidden states, and two [I, I] of one input; matrices that share
+their input (q, k, v) share them. Experts in 3-D parameters, the head and the embeddings are left to the range search.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ from lrqat.grid import Grid, Parts
 from lrqat.plan import Plan
 from lrqat.ranges import row_tiles, start
 from lrqat.sites import LINEAR, Site
-from lrqat.starts.codes import rounded, start_from
+from lrqat.starts.codes import Start, rounded, start_from
+from lrqat.starts.stages import halves, holding
+from lrqat.starts.targets import gather
 from lrqat.starts.walk import Walk
 
 BLOCK = 128
@@ -70,25 +73,23 @@ def gptq_model(
         key: identifies model, data and settings; files under another key are refused.
     """
     walk = Walk(model, blocks_NT)
-    states_NTH = walk.begin()
+    x_NTH = walk.begin()
+    y_NTH = x_NTH.clone()
     found: dict[str, dict[str, Tensor]] = {}
     for number in bar(range(len(walk.layers)), "gptq"):
         path = None if folder is None else kept.layer_path(folder, number)
         if path and path.is_file():
-            parts = load_layer(model, plan, path, key)
+            begun = load_layer(path, key, y_NTH.device)
+            walk.run(number, y_NTH, y_NTH)
+            with holding(now(model, plan, begun)):
+                walk.run(number, x_NTH, x_NTH)
         else:
-            parts = gptq_layer(model, plan, walk, number, states_NTH, p, damp=damp)
+            begun = gptq_layer(model, plan, walk, number, x_NTH, y_NTH, p, damp=damp)
             if path:
-                save_layer(model, plan, parts, path, key)
-        real = {}
-        for name in parts:
-            weight_OI = model.get_parameter(plan.sites[name].origin.parameter).data
-            real[name] = weight_OI.clone()
-            weight_OI.copy_(rounded(weight_OI, parts[name], plan.grids[name]).dequantize())
-        walk.run(number, states_NTH, states_NTH)
-        for name, weight_OI in real.items():
-            model.get_parameter(plan.sites[name].origin.parameter).data.copy_(weight_OI)
-        found |= parts
+                save_layer(begun, path, key)
+        for name, (adjusted_OI, parts) in begun.items():
+            model.get_parameter(plan.sites[name].origin.parameter).data.copy_(adjusted_OI)
+            found[name] = parts
     return found
 
 
@@ -98,41 +99,69 @@ def gptq_layer(
     plan: Plan,
     walk: Walk,
     number: int,
-    states_NTH: Tensor,
+    x_NTH: Tensor,
+    y_NTH: Tensor,
     p: float | None,
     *,
     damp: float = DAMP,
-) -> dict[str, dict[str, Tensor]]:
-    """`gptq_model` of one decoder layer, in front of which the quantized prefix has left `states_NTH`."""
-    sites = layer_sites(plan, f"{walk.name}.{number}")
-    hessians = input_hessians(walk, number, states_NTH, [module_path(site) for site in sites])
+) -> dict[str, Start]:
+    """`gptq_model` of one decoder layer, whose weights stay as they are.
+
+    Args:
+        model: holds the layer, in full precision.
+        plan: which matrices, on which grids.
+        walk: through the model.
+        number: of the layer.
+        x_NTH: states in front of it, behind the quantized prefix; become those behind the quantized layer.
+        y_NTH: states in front of it in the full-precision model; become those behind it.
+        p: exponent of the range search.
+        damp: as in `gptq_model`.
+    """
+    sites = {module_path(site): site for site in layer_sites(plan, f"{walk.name}.{number}")}
+    done: dict[nn.Linear, Tensor] = {}
     found = {}
-    for site in sites:
-        weight_OI, grid = model.get_parameter(site.origin.parameter).data, plan.grids[site.name]
-        hessian_II = hessians[module_path(site)]
-        fused = gptq(weight_OI, hessian_II, grid, p, damp=damp, name=site.name)
-        adjusted_OI, found[site.name] = start_from(weight_OI, fused, site.name)
-        weight_OI.copy_(adjusted_OI)
+    for half in halves(walk, number, y_NTH[:1], list(sites)):
+        for stage in half.stages:
+            sums = gather(half, stage, x_NTH, y_NTH, done, last=stage is half.stages[-1])
+            for path, module in stage.modules.items():
+                name, weight_OI = sites[path].name, module.weight.data
+                target_OI = sums[path].target(weight_OI).to(weight_OI.dtype)
+                fused = gptq(target_OI, sums[path].hessian_II, plan.grids[name], p, damp=damp, name=name)
+                found[name] = start_from(target_OI, fused, name)
+                done[module] = fused.dequantize().to(weight_OI)
+        if not half.stages:
+            half.run(y_NTH)
+        with holding(done):
+            half.run(x_NTH)
     return found
 
 
-def save_layer(model: Any, plan: Plan, parts: dict[str, dict[str, Tensor]], path: Path, key: str) -> None:
+def now(model: Any, plan: Plan, begun: Mapping[str, Start]) -> dict[nn.Linear, Tensor]:
+    """Of a finished layer's modules: their quantized weights."""
+    found: dict[nn.Linear, Tensor] = {}
+    for name, (adjusted_OI, parts) in begun.items():
+        module: Any = model.get_submodule(module_path(plan.sites[name]))
+        found[module] = rounded(adjusted_OI, parts, plan.grids[name]).dequantize().to(adjusted_OI)
+    return found
+
+
+def save_layer(begun: Mapping[str, Start], path: Path, key: str) -> None:
     """Write W' and parts of a finished layer."""
-    tensors = {name: model.get_parameter(plan.sites[name].origin.parameter).data for name in parts}
-    kept.write(path, tensors | kept.named_parts(parts), key)
+    weights = {name: each.weight_OI for name, each in begun.items()}
+    kept.write(path, weights | kept.named_parts({name: each.parts for name, each in begun.items()}), key)
 
 
-def load_layer(model: Any, plan: Plan, path: Path, key: str) -> dict[str, dict[str, Tensor]]:
-    """Put what `save_layer` has written into the model; returns the parts."""
-    found: dict[str, dict[str, Tensor]] = {}
+def load_layer(path: Path, key: str, device: torch.device) -> dict[str, Start]:
+    """What `save_layer` has written."""
+    weights: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     with kept.opened(path, key) as file:
         for name, part, values in kept.content(file):
-            own_OI = model.get_parameter(plan.sites[name].origin.parameter).data
             if part:
-                found.setdefault(name, {})[part] = values.to(own_OI.device)
+                parts.setdefault(name, {})[part] = values.to(device)
             else:
-                own_OI.copy_(values)
-    return found
+                weights[name] = values.to(device)
+    return {name: Start(weight_OI, parts[name]) for name, weight_OI in weights.items()}
 
 
 def layer_sites(plan: Plan, layer: str) -> list[Site]:
@@ -147,48 +176,6 @@ def layer_sites(plan: Plan, layer: str) -> list[Site]:
 def module_path(site: Site) -> str:
     """The name of the module that holds a site."""
     return site.origin.parameter.rpartition(".")[0]
-
-
-@torch.no_grad()
-def input_hessians(walk: Walk, number: int, states_NTH: Tensor, paths: list[str]) -> dict[str, Tensor]:
-    """X^T X / T, float32 [I, I], of the inputs of a decoder layer's linear layers, by their names in the model."""
-    layer, prefix = walk.layers[number], f"{walk.name}.{number}."
-    sums: dict[str, Tensor] = {}
-    leaders: dict[str, str] = {}  # of the layers that are given one and the same tensor
-    given: dict[int, tuple[Tensor, str]] = {}
-
-    def hook(path: str) -> Any:
-        def add(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x = arguments[0]
-            if path not in leaders:
-                leaders[path] = given[id(x)][1] if id(x) in given else path
-            if leaders[path] == path:
-                given[id(x)] = (x, path)
-                x_TI = x.reshape(-1, x.shape[-1]).float()
-                if path not in sums:
-                    sums[path] = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1])
-                sums[path].addmm_(x_TI.T, x_TI)
-
-        return add
-
-    handles = [layer.get_submodule(path.removeprefix(prefix)).register_forward_pre_hook(hook(path)) for path in paths]
-    try:
-        for state_TH in states_NTH:
-            walk.call(number, state_TH[None])
-            given.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    tokens = states_NTH.shape[0] * states_NTH.shape[1]
-    for total_II in sums.values():
-        total_II /= tokens
-    return {path: sums[leaders[path]] if path in leaders else _identity(layer, path, prefix) for path in paths}
-
-
-def _identity(layer: nn.Module, path: str, prefix: str) -> Tensor:
-    """The Hessian of a layer that no token reached: rounding to nearest, in the range with the least squares."""
-    weight_OI: Any = layer.get_submodule(path.removeprefix(prefix)).weight
-    return torch.eye(weight_OI.shape[1], device=weight_OI.device)
 
 
 @torch.no_grad()

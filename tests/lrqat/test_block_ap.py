@@ -177,8 +177,10 @@ def test_layers_can_begin_at_gptqs_codes(trained_model_dir: Path, texts: list[Te
         model, planned = load(trained_model_dir)
         maker = Maker()
 
-        def prepare(walk: Any, number: int, states_NTH: Tensor) -> None:
-            maker.parts |= gptq_layer(model, planned, walk, number, states_NTH, 2.0)  # noqa: B023
+        def prepare(walk: Any, number: int, x_NTH: Tensor, y_NTH: Tensor) -> dict[str, Tensor]:
+            begun = gptq_layer(model, planned, walk, number, x_NTH, y_NTH, 2.0)  # noqa: B023
+            maker.parts |= {name: each.parts for name, each in begun.items()}  # noqa: B023
+            return {name: each.weight_OI for name, each in begun.items()}
 
         found[begin] = block_ap(
             model, planned, texts[0][:32], maker, UNTRAINED, prepare=prepare if begin == "gptq" else None
