@@ -225,7 +225,7 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
     parts: Found = {}
 
     def gptq(walk: Walk, number: int, x_NTH: Tensor, y_NTH: Tensor) -> dict[str, Tensor]:
-        begun = gptq_layer(model, plan, walk, number, x_NTH, y_NTH, settings.range_p)
+        begun = gptq_layer(model, plan, walk, number, x_NTH, y_NTH, settings.range_p, leave=False)
         parts.update({name: each.parts for name, each in begun.items()})
         return {plan.sites[name].origin.parameter: each.weight_OI for name, each in begun.items()}
 
@@ -243,7 +243,7 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
             compile=settings.compile,
             optimizer=settings.optimizer,
         ),
-        prepare=gptq if "gptq" in settings.beginning.steps else None,
+        begin=gptq if "gptq" in settings.beginning.steps else None,
         finish=frozen_codes if settings.method == "efficientqat" else None,
         folder=folder,
         key=key,

@@ -10,8 +10,8 @@ end to end (method `Scales`: pass `finish=frozen_codes`). Here the method is any
 adapters that have learnt their layer's output, before they are trained end to end.
 
 Memory: the model, what the method needs for *one* layer with its gradients and Adam's moments, and two sets of
-hidden states [N, T, H], x and y. Each finished layer is a file, so an interrupted run goes on behind the last; where
-all are finished, no state is computed.
+hidden states [N, T, H], x and y, three while it is found where a layer begins. Each finished layer is a file, so an
+interrupted run goes on behind the last; where all are finished, no state is computed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lrqat.plan import Plan
 from lrqat.sites import TRAINED
 from lrqat.starts.walk import Walk, decoder_layers
 
-Prepare = Callable[[Walk, int, Tensor, Tensor], Mapping[str, Tensor]]
+Begin = Callable[[Walk, int, Tensor, Tensor], Mapping[str, Tensor]]
 Finish = Callable[[WeightQuantizer], WeightQuantizer]
 
 
@@ -74,7 +74,7 @@ def block_ap(
     make: Make,
     settings: BlockSettings,
     *,
-    prepare: Prepare | None = None,
+    begin: Begin | None = None,
     finish: Finish | None = None,
     folder: Path | None = None,
     key: str = "",
@@ -89,7 +89,7 @@ def block_ap(
         blocks_NT: calibration tokens; the paper has 4096 blocks of 2048.
         make: as in `swap`.
         settings: of the training.
-        prepare: called with the walk, a layer's number, a copy of x_k, and y_k, which it makes y_{k+1}; returns the
+        begin: called with the walk, a layer's number, a copy of x_k, and y_k, which it makes y_{k+1}; returns the
             weights that the layer is to begin with, by parameter, for example GPTQ's W' (`gptq_layer`). Not called for
             a layer that is read from its file: there `make` may begin anywhere, what it made is overwritten.
         finish: what becomes of each trained quantizer.
@@ -113,8 +113,8 @@ def block_ap(
         if walk and number > left[-1]:
             walk = None
         if walk:
-            if prepare and trains:
-                for name, weight_OI in prepare(walk, number, student_NTH.clone(), teacher_NTH).items():
+            if begin and trains:
+                for name, weight_OI in begin(walk, number, student_NTH.clone(), teacher_NTH).items():
                     model.get_parameter(name).data.copy_(weight_OI)
             else:
                 walk.run(number, teacher_NTH, teacher_NTH)

@@ -15,8 +15,9 @@ Inputs that never fire come last and do not count.
 
 Decoder layers come one after the other, and inside of them one input after the other. What is rounded is not W, but the
 weight that gives the full-precision model's outputs behind all that has been rounded before (`lrqat.starts.targets`).
-Memory is the model, one decoder layer more, two sets of hidden states, and two [I, I] of one input; matrices that share
-their input (q, k, v) share them. Experts in 3-D parameters, the head and the embeddings are left to the range search.
+Memory is the model, one decoder layer twice more, two sets of hidden states, and up to five [I, I] of one input;
+matrices that share their input (q, k, v) share them. Experts in 3-D parameters, the head and the embeddings are left to
+the range search.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def gptq_model(
     Args:
         model: the full-precision model; what needs its outputs (a teacher) must have had them before.
         plan: which matrices, on which grids.
-        blocks_NT: calibration tokens; some 16k suffice.
+        blocks_NT: calibration tokens; the more, the better: twenty for each input of the widest matrix at least.
         p: exponent of the range search.
         damp: share of the mean of diag H that is added to it.
         folder: holds a file for each finished layer, so that an interrupted run goes on behind the last; None: nothing
@@ -81,7 +82,7 @@ def gptq_model(
         if path and path.is_file():
             begun = load_layer(path, key, y_NTH.device)
             walk.run(number, y_NTH, y_NTH)
-            with holding(now(model, plan, begun)):
+            with holding(quantized_weights(model, plan, begun)):
                 walk.run(number, x_NTH, x_NTH)
         else:
             begun = gptq_layer(model, plan, walk, number, x_NTH, y_NTH, p, damp=damp)
@@ -104,6 +105,7 @@ def gptq_layer(
     p: float | None,
     *,
     damp: float = DAMP,
+    leave: bool = True,
 ) -> dict[str, Start]:
     """`gptq_model` of one decoder layer, whose weights stay as they are.
 
@@ -112,15 +114,18 @@ def gptq_layer(
         plan: which matrices, on which grids.
         walk: through the model.
         number: of the layer.
-        x_NTH: states in front of it, behind the quantized prefix; become those behind the quantized layer.
+        x_NTH: states in front of it, behind the quantized prefix; become those behind the quantized layer, if they are
+            to leave it, else something in between.
         y_NTH: states in front of it in the full-precision model; become those behind it.
         p: exponent of the range search.
         damp: as in `gptq_model`.
+        leave: whether x_NTH is wanted afterwards.
     """
     sites = {module_path(site): site for site in layer_sites(plan, f"{walk.name}.{number}")}
     done: dict[nn.Linear, Tensor] = {}
     found = {}
-    for half in halves(walk, number, y_NTH[:1], list(sites)):
+    both = halves(walk, number, y_NTH[:1], list(sites))
+    for half in both:
         for stage in half.stages:
             sums = gather(half, stage, x_NTH, y_NTH, done, last=stage is half.stages[-1])
             for path, module in stage.modules.items():
@@ -131,12 +136,13 @@ def gptq_layer(
                 done[module] = fused.dequantize().to(weight_OI)
         if not half.stages:
             half.run(y_NTH)
-        with holding(done):
-            half.run(x_NTH)
+        if leave or half is not both[-1]:
+            with holding(done):
+                half.run(x_NTH)
     return found
 
 
-def now(model: Any, plan: Plan, begun: Mapping[str, Start]) -> dict[nn.Linear, Tensor]:
+def quantized_weights(model: Any, plan: Plan, begun: Mapping[str, Start]) -> dict[nn.Linear, Tensor]:
     """Of a finished layer's modules: their quantized weights."""
     found: dict[nn.Linear, Tensor] = {}
     for name, (adjusted_OI, parts) in begun.items():

@@ -16,11 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrqat.starts.walk import Walk
-
-
-class Arrived(Exception):
-    """A forward pass has come as far as it is needed."""
+from lrqat.starts.walk import Reached, Walk
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Half:
         stages: in the order of their inputs.
         end: the module whose input is what leaves the stretch; None: the layer's end.
         attention: adds nothing in this stretch, which begins behind it; None: it begins where the layer does.
-        others: how many outputs attention has besides.
+        more_outputs: how many attention has beside the hidden states.
     """
 
     walk: Walk
@@ -56,29 +52,28 @@ class Half:
     stages: list[Stage]
     end: nn.Module | None = None
     attention: Any = None
-    others: int = 0
+    more_outputs: int = 0
 
     def call(self, state_1TH: Tensor) -> Tensor:
         """What leaves it."""
-        if self.attention is None and self.end is None:
-            return self.walk.call(self.number, state_1TH)
-        left: list[Tensor] = []
+        outputs: list[Tensor] = []
+        ended = Reached()
 
-        def leave(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            left.append(arguments[0])
-            raise Arrived
+        def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            outputs.append(arguments[0])
+            raise ended
 
         with ExitStack() as context:
             if self.attention is not None:
-                context.enter_context(_silent(self.attention, self.others))
+                context.enter_context(_silent(self.attention, self.more_outputs))
             if self.end is not None:
-                context.callback(self.end.register_forward_pre_hook(leave).remove)
+                context.callback(self.end.register_forward_pre_hook(stop).remove)
             try:
                 return self.walk.call(self.number, state_1TH)
-            except Arrived:
-                if not left:  # another's
+            except Reached as reached:
+                if reached is not ended:
                     raise
-                return left[0]
+        return outputs[0]
 
     def run(self, states_NTH: Tensor) -> None:
         """All blocks, in place."""
@@ -90,47 +85,46 @@ class Half:
 def halves(walk: Walk, number: int, state_1TH: Tensor, paths: list[str]) -> list[Half]:
     """A decoder layer, with the stages of the named linear layers, as one block of tokens shows them."""
     layer, streams = walk.layers[number], residual_streams(walk, number, state_1TH)
-    found = stages(walk, number, state_1TH, paths, streams)
     attention: Any = getattr(layer, "self_attn", None)
     inside = set(attention.modules()) if isinstance(attention, nn.Module) else set()
     if any(writer in inside for writer in streams):
-        given: list[Any] = []
-        hook = attention.register_forward_hook(lambda _, __, output: given.append(output))
-        whole_1TH = walk.call(number, state_1TH)
-        hook.remove()
-        others = len(given[0]) - 1 if isinstance(given[0], tuple) else 0
-        attending = [stage for stage in found if inside.issuperset(stage.modules.values())]
-        rest = [stage for stage in found if stage not in attending]
+        outputs: list[Any] = []
+        with ExitStack() as hooks:
+            hooks.callback(attention.register_forward_hook(lambda _, __, output: outputs.append(output)).remove)
+            expected_1TH = walk.call(number, state_1TH)
+        more = len(outputs[0]) - 1 if isinstance(outputs[0], tuple) else 0
+        attending = [path for path in paths if walk.model.get_submodule(path) in inside]
+        rest = [path for path in paths if path not in attending]
+        first, second = (stages(walk, number, state_1TH, some, streams) for some in (attending, rest))
         both = [
-            Half(walk, number, attending, end=layer.get_submodule("post_attention_layernorm")),
-            Half(walk, number, rest, attention=attention, others=others),
+            Half(walk, number, first, end=layer.get_submodule("post_attention_layernorm")),
+            Half(walk, number, second, attention=attention, more_outputs=more),
         ]
-        if torch.equal(both[1].call(both[0].call(state_1TH)), whole_1TH):
+        if torch.equal(both[1].call(both[0].call(state_1TH)), expected_1TH):
             return both
-    return [Half(walk, number, found)]
+    return [Half(walk, number, stages(walk, number, state_1TH, paths, streams))]
 
 
 @torch.no_grad()
 def stages(
     walk: Walk, number: int, state_1TH: Tensor, paths: list[str], streams: Mapping[nn.Module, nn.Module]
 ) -> list[Stage]:
-    """The named linear layers of a decoder layer, in the order of their inputs."""
-    layer, prefix = walk.layers[number], f"{walk.name}.{number}."
-    modules: dict[str, Any] = {path: layer.get_submodule(path.removeprefix(prefix)) for path in paths}
-    given: dict[str, list[Tensor]] = {}  # their inputs; kept, so that no id is used twice
+    """The named linear layers of a decoder layer, in the order of their inputs; experts come last."""
+    modules: dict[str, Any] = {path: walk.model.get_submodule(path) for path in paths}
+    inputs: dict[str, list[Tensor]] = {}  # kept, so that no id is used twice
 
     def note(path: str) -> Any:
-        return lambda _, arguments: given.setdefault(path, []).append(arguments[0])
+        return lambda _, arguments: inputs.setdefault(path, []).append(arguments[0])
 
     with ExitStack() as hooks:
         for path, module in modules.items():
             hooks.callback(module.register_forward_pre_hook(note(path)).remove)
         walk.call(number, state_1TH)
-    tokens = state_1TH.shape[1]
     together: dict[int, dict[str, nn.Linear]] = {}
-    for path, inputs in given.items():
-        if len(inputs) == 1 and inputs[0].numel() == tokens * inputs[0].shape[-1]:
-            together.setdefault(id(inputs[0]), {})[path] = modules[path]
+    for path, seen in inputs.items():
+        whole = len(seen) == 1 and seen[0].numel() == state_1TH.shape[1] * seen[0].shape[-1]
+        if whole and "experts" not in path.split("."):
+            together.setdefault(id(seen[0]), {})[path] = modules[path]
     found = [
         Stage(each, streams.get(next(iter(each.values()))) if len(each) == 1 else None) for each in together.values()
     ]
@@ -142,24 +136,24 @@ def stages(
 def residual_streams(walk: Walk, number: int, state_1TH: Tensor) -> dict[nn.Module, nn.Module]:
     """{o_proj, down_proj: the norm that reads what it is added to}, of those whose outputs are just added to it."""
     layer = walk.layers[number]
-    attends, thinks = (getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm"))
-    o = getattr(getattr(layer, "self_attn", None), "o_proj", None)
-    down = getattr(getattr(layer, "mlp", None), "down_proj", None)
-    if not isinstance(attends, nn.Module) or not isinstance(thinks, nn.Module):
+    norm, mlp_norm = getattr(layer, "input_layernorm", None), getattr(layer, "post_attention_layernorm", None)
+    o: Any = getattr(getattr(layer, "self_attn", None), "o_proj", None)
+    down: Any = getattr(getattr(layer, "mlp", None), "down_proj", None)
+    if not isinstance(norm, nn.Module) or not isinstance(mlp_norm, nn.Module):
         return {}
     seen: dict[nn.Module, Tensor] = {}
     with ExitStack() as hooks:
-        for norm in (attends, thinks):
-            hooks.callback(norm.register_forward_pre_hook(lambda m, x: seen.update({m: x[0]})).remove)
+        for reader in (norm, mlp_norm):
+            hooks.callback(reader.register_forward_pre_hook(lambda m, x: seen.update({m: x[0]})).remove)
         for writer in (o, down):
             if isinstance(writer, nn.Linear):
                 hooks.callback(writer.register_forward_hook(lambda m, _, y: seen.update({m: y})).remove)
         output_1TH = walk.call(number, state_1TH)
-    found = {}
-    for writer, norm, behind in ((o, attends, seen.get(thinks)), (down, thinks, output_1TH)):
-        if writer in seen and norm in seen and behind is not None and torch.equal(seen[norm] + seen[writer], behind):
-            found[writer] = norm
-    return found
+    return {
+        writer: reader
+        for writer, reader, behind in ((o, norm, seen.get(mlp_norm)), (down, mlp_norm, output_1TH))
+        if {writer, reader} <= seen.keys() and behind is not None and torch.equal(seen[reader] + seen[writer], behind)
+    }
 
 
 @contextmanager
@@ -176,13 +170,13 @@ def holding(weights: Mapping[nn.Linear, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _silent(attention: Any, others: int) -> Iterator[None]:
+def _silent(attention: Any, more_outputs: int) -> Iterator[None]:
     """Within, an attention module gives zeros, and computes nothing."""
     own = attention.__dict__.get("forward")
 
     def forward(*arguments: Any, **named: Any) -> Any:
         zeros_BTH = torch.zeros_like(named["hidden_states"] if "hidden_states" in named else arguments[0])
-        return (zeros_BTH, *[None] * others) if others else zeros_BTH
+        return (zeros_BTH, *[None] * more_outputs) if more_outputs else zeros_BTH
 
     attention.forward = forward
     try:

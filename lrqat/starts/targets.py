@@ -1,63 +1,64 @@
 """What a linear layer is to give, behind a prefix that is quantized: the full-precision model's outputs.
 
-    x, x^ [T, I]        its inputs in the full-precision model, and behind all that has been rounded so far
-    r, r^ [T, O]        the residual stream that its outputs are added to, for o_proj and down_proj
-    min |x^ V^T + r^ - (x W^T + r)|^2 + T lambda |V - W|^2
-    V = W + D^T X^ (X^T X^ + T lambda)^-1,      D = (x - x^) W^T + r - r^         [T, O]
+    x, x' [T, I]        its inputs behind all that has been rounded so far, and in the full-precision model
+    r, r' [T, O]        the residual stream that its outputs are added to, for o_proj and down_proj
+    min |X V^T + R - (X' W^T + R')|^2 + T lambda |V - W|^2
+    V = W + D^T X (X^T X + T lambda)^-1,      D = (X' - X) W^T + R' - R         [T, O]
 
 Rounding V instead of W takes back what earlier layers have lost, as far as this layer's inputs can tell it: GPTAQ's
 asymmetric calibration (arXiv 2504.02692), in closed form, and with the residual stream, which that leaves out. Stages
-(`lrqat.starts.stages`) come one after the other, so that each sees what those before it have become. Experts, which see
-some of the tokens, may see others once routers differ: they keep W, and come last.
+(`lrqat.starts.stages`) come one after the other, so that each sees what those before it have become. Experts that are
+linear layers, which see some of the tokens, may see others once routers differ: they keep W, and come last. Experts in
+3-D parameters are not rounded yet in x: what they lose is not made up for.
+
+The fewer the tokens for each input, the more V fits what is theirs alone: lambda falls with T / I.
 
 A stage is two passes over the blocks that end where its input arrives; nothing but sums is kept of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrqat.starts.stages import Arrived, Half, Stage, holding
+from lrqat.errors import LrqatError
+from lrqat.starts.stages import Half, Stage, holding
+from lrqat.starts.walk import Reached
 
-RIDGE = 0.3  # lambda, as a share of the mean of diag H
+RIDGE = 16.0  # lambda is this times I / T times the mean of diag X^T X / T
+
+Arrive = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Over T tokens, in float32.
+    """What is known of a stage's inputs, in float32.
 
     Attributes:
-        hessian_II: X^T X^ / T.
-        missed: D^T X^ / T, [O, I]; without a stream (x - x^)^T X^ / T, [I, I]; None: not to be made up for.
-        stream: whether it is D.
+        hessian_II: X^T X / T.
+        factor_II: V = W + W factor.
+        change_OI: V = W + change, of a layer whose residual stream is known.
     """
 
     hessian_II: Tensor
-    missed: Tensor | None
-    stream: bool
+    factor_II: Tensor | None = None
+    change_OI: Tensor | None = None
 
     def target(self, weight_OI: Tensor) -> Tensor:
         """V, float32 [O, I]."""
-        if self.missed is None:
-            return weight_OI.float()
-        missed_OI = self.missed if self.stream else weight_OI.float() @ self.missed
-        ridge = RIDGE * self.hessian_II.diagonal().mean()
-        if not ridge > 0:
-            return weight_OI.float()
-        ridged_II = self.hessian_II + ridge * torch.eye(len(self.hessian_II), device=self.hessian_II.device)
-        lower_II, failed = torch.linalg.cholesky_ex(ridged_II)
-        return weight_OI.float() if failed else weight_OI + torch.cholesky_solve(missed_OI.T, lower_II).T
+        if self.factor_II is not None:
+            return weight_OI.float() + weight_OI.float() @ self.factor_II
+        return weight_OI.float() if self.change_OI is None else weight_OI.float() + self.change_OI
 
 
 @torch.no_grad()
 def gather(
-    half: Half, stage: Stage, x_NTH: Tensor, y_NTH: Tensor, rounded: Mapping[nn.Linear, Tensor], *, last: bool = False
+    half: Half, stage: Stage, x_NTH: Tensor, y_NTH: Tensor, quantized: Mapping[nn.Linear, Tensor], *, last: bool = False
 ) -> dict[str, Sums]:
     """The sums of a stage's inputs, by the names of its linear layers; those of one input share theirs.
 
@@ -66,52 +67,87 @@ def gather(
         stage: one of `half.stages`.
         x_NTH: states in front of it, behind the quantized prefix.
         y_NTH: the same of the full-precision model.
-        rounded: what the weights of earlier stages have become.
+        quantized: what the weights of earlier stages have become.
         last: of the half: y_NTH becomes what leaves it.
     """
     if not stage.whole:
         if last:
             half.run(y_NTH)
-        return _scattered(half, stage, x_NTH, rounded)
-    module = next(iter(stage.modules.values()))
-    tokens, inputs = x_NTH.shape[0] * x_NTH.shape[1], module.in_features
+        return _scattered(half, stage, x_NTH, quantized)
+    path, module = next(iter(stage.modules.items()))
+    tokens, inputs, weight_OI = x_NTH.shape[0] * x_NTH.shape[1], module.in_features, module.weight.float()
     hessian_II = torch.zeros(inputs, inputs, device=x_NTH.device)
-    missed = torch.zeros(module.out_features if stage.stream else inputs, inputs, device=x_NTH.device)
-    seen: dict[str, Any] = {}
-
-    def arrive(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        seen["input"] = arguments[0]
-        if not seen.get("on"):
-            raise Arrived
-
-    def through(state_TH: Tensor, on: bool) -> tuple[Tensor, Tensor | None]:
-        seen["on"] = on
-        with suppress(Arrived):
-            left_1TH = half.call(state_TH[None])
-            state_TH.copy_(left_1TH[0])
-        stream = seen.get("stream")
-        return seen["input"].flatten(0, -2).float(), None if stream is None else stream.flatten(0, -2).float()
-
-    with ExitStack() as hooks:
-        hooks.callback(module.register_forward_pre_hook(arrive).remove)
-        if stage.stream:
-            # A copy: what leaves the half is written over what the stream begins with.
-            note = stage.stream.register_forward_pre_hook(lambda _, x: seen.update(stream=x[0].clone()))
-            hooks.callback(note.remove)
+    missed_KI = torch.zeros(inputs if stage.stream is None else module.out_features, inputs, device=x_NTH.device)
+    with arriving(half, path, module, stage.stream) as arrive:
         for x_TH, y_TH in zip(x_NTH, y_NTH, strict=True):
-            full_TI, full_TO = through(y_TH, last)
-            with holding(rounded):
-                own_TI, own_TO = through(x_TH, False)
-            hessian_II.addmm_(own_TI.T, own_TI)
-            off = full_TI - own_TI
+            full_TI, full_TO = arrive(y_TH, last)
+            with holding(quantized):
+                own_TI, own_TO = arrive(x_TH, False)
+            missed_TK = full_TI - own_TI
             if full_TO is not None and own_TO is not None:
-                off = off @ module.weight.float().T + (full_TO - own_TO)
-            missed.addmm_(off.T, own_TI)
-    sums = Sums(hessian_II.div_(tokens), missed.div_(tokens), stage.stream is not None)
+                missed_TK = missed_TK @ weight_OI.T + (full_TO - own_TO)
+            hessian_II.addmm_(own_TI.T, own_TI)
+            missed_KI.addmm_(missed_TK.T, own_TI)
+    change_KI = regression(hessian_II.div_(tokens), missed_KI.div_(tokens), RIDGE * inputs / tokens, path)
+    sums = Sums(hessian_II, change_KI) if stage.stream is None else Sums(hessian_II, None, change_KI)
     return dict.fromkeys(stage.modules, sums)
 
 
-def _scattered(half: Half, stage: Stage, x_NTH: Tensor, rounded: Mapping[nn.Linear, Tensor]) -> dict[str, Sums]:
+def regression(hessian_II: Tensor, missed_KI: Tensor, ridge: float, name: str) -> Tensor | None:
+    """missed (H + ridge mean(diag H))^-1; None where no input fires."""
+    if not (hessian_II.isfinite().all() and missed_KI.isfinite().all()):
+        raise LrqatError(f"{name}: the calibration inputs are not finite; use --dtype bfloat16 or float32")
+    added = ridge * hessian_II.diagonal().mean()
+    if not added > 0:
+        return None
+    ridged_II = hessian_II.clone()
+    ridged_II.diagonal().add_(added)
+    lower_II, failed = torch.linalg.cholesky_ex(ridged_II)
+    return None if failed else torch.cholesky_solve(missed_KI.T, lower_II).T.contiguous()
+
+
+@contextmanager
+def arriving(half: Half, path: str, module: nn.Linear, stream: nn.Module | None) -> Iterator[Arrive]:
+    """A function of one block's state [T, H] in front of a half: the module's input, and the residual stream, float32.
+
+    If its second argument is true, the state becomes what leaves the half; else the pass ends where the input arrives.
+    """
+    seen: dict[str, Tensor] = {}
+    arrived = Reached()
+    on = False
+
+    def reach(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        seen["input"] = arguments[0].clone() if on else arguments[0]  # may be the state itself, which is written over
+        if not on:
+            raise arrived
+
+    def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        seen["stream"] = arguments[0].clone()
+
+    def arrive(state_TH: Tensor, going_on: bool) -> tuple[Tensor, Tensor | None]:
+        nonlocal on
+        on = going_on
+        seen.clear()
+        try:
+            output_1TH = half.call(state_TH[None])
+        except Reached as reached:
+            if reached is not arrived:
+                raise
+        else:
+            state_TH.copy_(output_1TH[0])
+        if "input" not in seen or seen["input"].numel() != len(state_TH) * module.in_features:
+            raise LrqatError(f"{path}: sees all tokens of one block and not of another; leave it out by --skip")
+        x_TI = seen["input"].reshape(-1, module.in_features).float()
+        return x_TI, None if stream is None else seen["stream"].reshape(-1, module.out_features).float()
+
+    with ExitStack() as hooks:
+        hooks.callback(module.register_forward_pre_hook(reach).remove)
+        if stream is not None:
+            hooks.callback(stream.register_forward_pre_hook(note).remove)
+        yield arrive
+
+
+def _scattered(half: Half, stage: Stage, x_NTH: Tensor, quantized: Mapping[nn.Linear, Tensor]) -> dict[str, Sums]:
     """Hessians alone. Of a layer that no token reaches: of inputs that know nothing of each other."""
     sums: dict[str, Tensor] = {}
 
@@ -124,11 +160,13 @@ def _scattered(half: Half, stage: Stage, x_NTH: Tensor, rounded: Mapping[nn.Line
 
         return hook
 
-    with ExitStack() as hooks, holding(rounded):
+    with ExitStack() as hooks, holding(quantized):
         for path, module in stage.modules.items():
             hooks.callback(module.register_forward_pre_hook(add(path)).remove)
         for x_TH in x_NTH:
             half.call(x_TH[None])
     tokens = x_NTH.shape[0] * x_NTH.shape[1]
-    nothing = {path: torch.eye(module.in_features, device=x_NTH.device) for path, module in stage.modules.items()}
-    return {path: Sums(sums[path] / tokens if path in sums else nothing[path], None, False) for path in stage.modules}
+    return {
+        path: Sums(sums[path] / tokens if path in sums else torch.eye(module.in_features, device=x_NTH.device))
+        for path, module in stage.modules.items()
+    }

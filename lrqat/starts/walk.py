@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lrqat.errors import LrqatError
 
 
-class _Reached(Exception):
-    """The first decoder layer was called."""
+class Reached(Exception):
+    """A forward pass has come as far as it is needed."""
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
@@ -61,12 +61,12 @@ class Walk:
 
         def stop(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             found.append(_hidden(arguments, named))
-            raise _Reached
+            raise Reached
 
         handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.model.base_model(block_1T, use_cache=False)
-        except _Reached:
+        except Reached:
             pass
         finally:
             handle.remove()

@@ -171,18 +171,38 @@ def test_codes_can_be_frozen_behind_it_and_are_read_back_as_they_were(
     assert codes(again) == codes(model)
 
 
+def at_gptq(model: Any, planned: Plan, maker: Maker) -> Any:
+    """A `begin`; checks that it leaves y_k as `block_ap` needs it."""
+
+    def begin(walk: Any, number: int, x_NTH: Tensor, y_NTH: Tensor) -> dict[str, Tensor]:
+        behind_NTH = walk.run(number, y_NTH)
+        begun = gptq_layer(model, planned, walk, number, x_NTH, y_NTH, 2.0, leave=False)
+        assert torch.equal(y_NTH, behind_NTH)
+        maker.parts |= {name: each.parts for name, each in begun.items()}
+        return {name: each.weight_OI for name, each in begun.items()}
+
+    return begin
+
+
 def test_layers_can_begin_at_gptqs_codes(trained_model_dir: Path, texts: list[Tensor]) -> None:
-    found: dict[str, list[float]] = {}
-    for begin in ("rtn", "gptq"):
+    found: list[list[float]] = []
+    for gptq in (False, True):
         model, planned = load(trained_model_dir)
         maker = Maker()
+        begin = at_gptq(model, planned, maker) if gptq else None
+        found.append(block_ap(model, planned, texts[0][:32], maker, UNTRAINED, begin=begin))
+    assert all(gptq < rtn for rtn, gptq in zip(*found, strict=True))
 
-        def prepare(walk: Any, number: int, x_NTH: Tensor, y_NTH: Tensor) -> dict[str, Tensor]:
-            begun = gptq_layer(model, planned, walk, number, x_NTH, y_NTH, 2.0)  # noqa: B023
-            maker.parts |= {name: each.parts for name, each in begun.items()}  # noqa: B023
-            return {name: each.weight_OI for name, each in begun.items()}
 
-        found[begin] = block_ap(
-            model, planned, texts[0][:32], maker, UNTRAINED, prepare=prepare if begin == "gptq" else None
-        )
-    assert all(a < b for a, b in zip(found["gptq"], found["rtn"], strict=True))
+def test_layers_that_begin_at_gptqs_codes_are_resumed_to_the_same(
+    trained_model_dir: Path, texts: list[Tensor], tmp_path: Path
+) -> None:
+    results = []
+    for _ in range(2):
+        model, planned = load(trained_model_dir)
+        maker = Maker()
+        begin = at_gptq(model, planned, maker)
+        errors = block_ap(model, planned, texts[0][:16], maker, QUICK, begin=begin, folder=tmp_path)
+        results.append((errors, codes(model)))
+        max(tmp_path.iterdir()).unlink()
+    assert results[0] == results[1]

@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lrqat.assign import Assignment
 from lrqat.block_ap import relative_error
 from lrqat.data import blocks
+from lrqat.errors import LrqatError
 from lrqat.grid import Grid
 from lrqat.plan import plan
 from lrqat.ptq import rtn
 from lrqat.starts.codes import rounded
 from lrqat.starts.gptq import gptq_layer, layer_sites, module_path
 from lrqat.starts.stages import Half, Stage, halves, holding, residual_streams
-from lrqat.starts.targets import RIDGE, Sums, gather
+from lrqat.starts.targets import RIDGE, Sums, gather, regression
 from lrqat.starts.walk import Walk
 
 # Sums of some hundred float32 products, in another order; relative to the largest.
@@ -145,24 +146,22 @@ def test_two_halves_are_the_layer(model_type: str) -> None:
     assert torch.equal(states_NTH, expected_NTH) and torch.equal(walk.run(1, walk.begin()), expected_NTH)
 
 
+@pytest.mark.parametrize(("model_type", "options"), [("llama", {}), ("llama", {"mlp_bias": True}), ("olmo2", {})])
 @pytest.mark.parametrize("place", range(4))
-def test_sums_are_of_the_full_precision_model_and_of_the_rounded_one(place: int) -> None:
-    model = tiny()
+def test_a_stage_regresses_what_the_full_precision_model_has_on_what_is_there(
+    model_type: str, options: dict[str, Any], place: int
+) -> None:
+    model = tiny(model_type, **options)
     walk = Walk(model, tokens())
     y_NTH = walk.begin()
     x_NTH = noisy(y_NTH)
     half, stage = staged(walk, 1, x_NTH, linear(model))[place]
-    mine = half.stages.index(stage)
-    rounded = {module: noisy(module.weight) for before in half.stages[:mine] for module in before.modules.values()}
-    before = [module.weight.clone() for module in rounded]
-    sums = gather(half, stage, x_NTH, y_NTH, rounded)
-    assert all(torch.equal(module.weight, own_OI) for module, own_OI in zip(rounded, before, strict=True))
-    on_NTH, left_NTH = y_NTH.clone(), y_NTH.clone()
-    going_on = gather(half, stage, x_NTH, on_NTH, rounded, last=True)
-    half.run(left_NTH)
-    one, other = (next(iter(each.values())) for each in (sums, going_on))
-    assert torch.equal(on_NTH, left_NTH)
-    assert torch.equal(one.hessian_II, other.hessian_II) and torch.equal(one.missed, other.missed)  # type: ignore[arg-type]
+    before = half.stages[: half.stages.index(stage)]
+    quantized = {module: noisy(module.weight) for each in before for module in each.modules.values()}
+    own = [module.weight.clone() for module in quantized]
+    sums = gather(half, stage, x_NTH, y_NTH, quantized)
+    assert all(torch.equal(module.weight, own_OI) for module, own_OI in zip(quantized, own, strict=True))
+    one = next(iter(sums.values()))
     assert sums.keys() == stage.modules.keys() and all(each is one for each in sums.values())
 
     def seen(states_NTH: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,13 +173,36 @@ def test_sums_are_of_the_full_precision_model_and_of_the_rounded_one(place: int)
         return inputs[0].flatten(0, 1), left_NTH.flatten(0, 1)
 
     full_TI, full_TO = seen(y_NTH)
-    with holding(rounded):
+    with holding(quantized):
         own_TI, own_TO = seen(x_NTH)
-    assert near(one.hessian_II, own_TI.T @ own_TI / len(own_TI)) and one.missed is not None
-    assert one.stream == (place in (1, 3))
-    # What is missed: behind the residual stream, where that is known; else of the inputs.
-    missed = full_TO - own_TO if one.stream else full_TI - own_TI
-    assert near(one.missed, missed.T @ own_TI / len(own_TI))
+    count, inputs = own_TI.shape
+    assert near(one.hessian_II, own_TI.T @ own_TI / count)
+    assert (one.change_OI is not None) == (stage.stream is not None) == (model_type == "llama" and place in (1, 3))
+    missed = full_TI - own_TI if one.change_OI is None else full_TO - own_TO
+    found = one.factor_II if one.change_OI is None else one.change_OI
+    assert found is not None
+    ridge = RIDGE * inputs / count * one.hessian_II.diagonal().mean().double()
+    exact_II = one.hessian_II.double() + ridge * torch.eye(inputs)
+    assert near(found, (torch.linalg.solve(exact_II, own_TI.T.double() @ missed.double() / count).T).float())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "olmo2"])  # whose first stage reads the states themselves
+@pytest.mark.parametrize("place", range(4))
+def test_states_that_leave_on_the_way_change_no_sum(model_type: str, place: int) -> None:
+    model = tiny(model_type)
+    walk = Walk(model, tokens())
+    y_NTH = walk.begin()
+    x_NTH = noisy(y_NTH)
+    half, stage = staged(walk, 1, x_NTH, linear(model))[place]
+    on_NTH, expected_NTH = y_NTH.clone(), y_NTH.clone()
+    half.run(expected_NTH)
+    ended = gather(half, stage, x_NTH, y_NTH, {})
+    on = gather(half, stage, x_NTH, on_NTH, {}, last=True)
+    assert torch.equal(on_NTH, expected_NTH)
+    for path, sums in ended.items():
+        weight_OI = stage.modules[path].weight
+        assert torch.equal(sums.hessian_II, on[path].hessian_II)
+        assert torch.equal(sums.target(weight_OI), on[path].target(weight_OI))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -191,13 +213,15 @@ def test_the_target_is_the_ridge_regressions_weight(stream: bool) -> None:
     off_TO = torch.randn(200, 8, generator=generator) if stream else torch.zeros(200, 8)
     hessian_II = own_TI.T @ own_TI / 200
     missed_TO = (full_TI - own_TI) @ weight_OI.T + off_TO
-    missed = missed_TO.T @ own_TI / 200 if stream else (full_TI - own_TI).T @ own_TI / 200
-    found_OI = Sums(hessian_II, missed, stream).target(weight_OI).double()
-    # min |X^ V^T - Y|^2 + T lambda |V - W|^2, as a least-squares problem of T + I rows
-    root = (200 * RIDGE * hessian_II.diagonal().mean()).sqrt().double()
+    missed_KI = missed_TO.T @ own_TI / 200 if stream else (full_TI - own_TI).T @ own_TI / 200
+    change_KI = regression(hessian_II, missed_KI, 0.3, "layer")
+    sums = Sums(hessian_II, None, change_KI) if stream else Sums(hessian_II, change_KI)
+    # min |X V^T - Y|^2 + T lambda |V - W|^2, as a least-squares problem of T + I rows
+    root = (200 * 0.3 * hessian_II.diagonal().mean()).sqrt().double()
     rows = torch.cat((own_TI.double(), root * torch.eye(24)))
     wanted = torch.cat(((full_TI @ weight_OI.T + off_TO).double(), root * weight_OI.T.double()))
-    assert torch.allclose(found_OI, torch.linalg.lstsq(rows, wanted).solution.T, rtol=1e-4, atol=1e-5)
+    expected_OI = torch.linalg.lstsq(rows, wanted).solution.T
+    assert torch.allclose(sums.target(weight_OI).double(), expected_OI, rtol=1e-4, atol=1e-5)
 
 
 def test_where_nothing_is_missed_the_target_is_the_weight() -> None:
@@ -211,8 +235,48 @@ def test_where_nothing_is_missed_the_target_is_the_weight() -> None:
 
 
 def test_inputs_that_never_fire_leave_the_weight() -> None:
-    weight_OI = torch.ones(2, 4)
-    assert torch.equal(Sums(torch.zeros(4, 4), torch.zeros(4, 4), False).target(weight_OI), weight_OI)
+    assert regression(torch.zeros(4, 4), torch.zeros(4, 4), 1.0, "layer") is None
+    assert torch.equal(Sums(torch.zeros(4, 4)).target(torch.ones(2, 4)), torch.ones(2, 4))
+
+
+def test_states_that_are_no_numbers_are_one_line() -> None:
+    model = tiny()
+    walk = Walk(model, tokens())
+    x_NTH = walk.begin()
+    half, stage = staged(walk, 1, x_NTH, linear(model))[0]
+    y_NTH = x_NTH.clone()
+    y_NTH[2, 3, 4] = torch.inf
+    with pytest.raises(LrqatError, match=r"^model.layers.1.self_attn.q_proj: [^\n]*not finite[^\n]*float32$"):
+        gather(half, stage, x_NTH, y_NTH, {})
+    assert not next(iter(stage.modules.values()))._forward_pre_hooks
+
+
+class Picky(nn.Module):
+    """A linear layer that sees the tokens whose first channel is positive."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size, bias=False)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """Of all tokens."""
+        chosen_BT = x_BTH[..., 0] > 0
+        found_BTH = torch.zeros_like(x_BTH)
+        found_BTH[chosen_BT] = self.linear(x_BTH[chosen_BT])
+        return found_BTH
+
+
+def test_what_sees_all_tokens_of_the_first_block_alone_is_one_line() -> None:
+    model = tiny()
+    model.model.layers[0].mlp = Picky(48).requires_grad_(False)
+    model.model.layers[0].post_attention_layernorm = nn.Identity()
+    walk = Walk(model, tokens())
+    x_NTH = walk.begin()
+    x_NTH[0, :, 0], x_NTH[1, :, 0] = 9.0, -9.0
+    half, stage = staged(walk, 0, x_NTH, ["model.layers.0.mlp.linear"])[0]
+    assert stage.whole
+    with pytest.raises(LrqatError, match=r"^model.layers.0.mlp.linear: [^\n]*--skip$"):
+        gather(half, stage, x_NTH, x_NTH, {})
 
 
 def test_a_layer_makes_up_for_what_the_one_before_it_lost(
