@@ -39,7 +39,7 @@ from lrqat.ranges import row_tiles, start
 from lrqat.sites import LINEAR, Site
 from lrqat.starts.codes import Start, rounded, start_from
 from lrqat.starts.stages import halves, holding
-from lrqat.starts.targets import gather
+from lrqat.starts.targets import check_finite, gather
 from lrqat.starts.walk import Walk
 
 BLOCK = 128
@@ -246,8 +246,7 @@ def by_columns(
 
 def inverse_factor(hessian_II: Tensor, damp: float, name: str) -> Tensor:
     """U with U^T U = (H + damp mean(diag H))^-1; more damping where float32 needs it. Means are of inputs that fire."""
-    if not hessian_II.isfinite().all():
-        raise LrqatError(f"{name}: the calibration inputs are not finite; use --dtype bfloat16 or float32")
+    check_finite(hessian_II, name)
     hessian_II = hessian_II.clone()
     diagonal_I = hessian_II.diagonal()
     silent_I = diagonal_I == 0

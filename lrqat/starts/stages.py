@@ -81,50 +81,71 @@ class Half:
             state_TH.copy_(self.call(state_TH[None])[0])
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One block of tokens in a decoder layer.
+
+    Attributes:
+        inputs: each module's first argument, of all its calls; held, so that no id is used twice.
+        outputs: of its last call.
+        output_1TH: of the layer.
+    """
+
+    inputs: dict[nn.Module, list[Tensor]]
+    outputs: dict[nn.Module, Any]
+    output_1TH: Tensor
+
+
+@torch.no_grad()
+def see(walk: Walk, number: int, state_1TH: Tensor) -> Seen:
+    """Run it through the layer."""
+    inputs: dict[nn.Module, list[Tensor]] = {}
+    outputs: dict[nn.Module, Any] = {}
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        inputs.setdefault(module, []).extend(arguments[:1])
+        outputs[module] = output
+
+    with ExitStack() as hooks:
+        for module in walk.layers[number].modules():
+            hooks.callback(module.register_forward_hook(note).remove)
+        return Seen(inputs, outputs, walk.call(number, state_1TH))
+
+
 @torch.no_grad()
 def halves(walk: Walk, number: int, state_1TH: Tensor, paths: list[str]) -> list[Half]:
     """A decoder layer, with the stages of the named linear layers, as one block of tokens shows them."""
-    layer, streams = walk.layers[number], residual_streams(walk, number, state_1TH)
+    layer, seen = walk.layers[number], see(walk, number, state_1TH)
+    modules: dict[str, Any] = {path: walk.model.get_submodule(path) for path in paths}
+    streams = residual_streams(layer, seen)
     attention: Any = getattr(layer, "self_attn", None)
     inside = set(attention.modules()) if isinstance(attention, nn.Module) else set()
     if any(writer in inside for writer in streams):
-        outputs: list[Any] = []
-        with ExitStack() as hooks:
-            hooks.callback(attention.register_forward_hook(lambda _, __, output: outputs.append(output)).remove)
-            expected_1TH = walk.call(number, state_1TH)
-        more = len(outputs[0]) - 1 if isinstance(outputs[0], tuple) else 0
-        attending = [path for path in paths if walk.model.get_submodule(path) in inside]
-        rest = [path for path in paths if path not in attending]
-        first, second = (stages(walk, number, state_1TH, some, streams) for some in (attending, rest))
+        given = seen.outputs[attention]
+        more = len(given) - 1 if isinstance(given, tuple) else 0
+        first, second = (
+            stages({path: m for path, m in modules.items() if (m in inside) == attends}, seen, streams)
+            for attends in (True, False)
+        )
         both = [
             Half(walk, number, first, end=layer.get_submodule("post_attention_layernorm")),
             Half(walk, number, second, attention=attention, more_outputs=more),
         ]
-        if torch.equal(both[1].call(both[0].call(state_1TH)), expected_1TH):
+        if torch.equal(both[1].call(both[0].call(state_1TH)), seen.output_1TH):
             return both
-    return [Half(walk, number, stages(walk, number, state_1TH, paths, streams))]
+    return [Half(walk, number, stages(modules, seen, streams))]
 
 
-@torch.no_grad()
-def stages(
-    walk: Walk, number: int, state_1TH: Tensor, paths: list[str], streams: Mapping[nn.Module, nn.Module]
-) -> list[Stage]:
-    """The named linear layers of a decoder layer, in the order of their inputs; experts come last."""
-    modules: dict[str, Any] = {path: walk.model.get_submodule(path) for path in paths}
-    inputs: dict[str, list[Tensor]] = {}  # kept, so that no id is used twice
-
-    def note(path: str) -> Any:
-        return lambda _, arguments: inputs.setdefault(path, []).append(arguments[0])
-
-    with ExitStack() as hooks:
-        for path, module in modules.items():
-            hooks.callback(module.register_forward_pre_hook(note(path)).remove)
-        walk.call(number, state_1TH)
+def stages(modules: dict[str, nn.Linear], seen: Seen, streams: Mapping[nn.Module, nn.Module]) -> list[Stage]:
+    """Some of a decoder layer's linear layers, in the order of their inputs; experts come last."""
+    tokens = seen.output_1TH.shape[1]
+    places = {module: place for place, module in enumerate(seen.inputs)}
     together: dict[int, dict[str, nn.Linear]] = {}
-    for path, seen in inputs.items():
-        whole = len(seen) == 1 and seen[0].numel() == state_1TH.shape[1] * seen[0].shape[-1]
+    for path, module in sorted(modules.items(), key=lambda each: places.get(each[1], len(places))):
+        inputs = seen.inputs.get(module, [])
+        whole = len(inputs) == 1 and inputs[0].numel() == tokens * inputs[0].shape[-1]
         if whole and "experts" not in path.split("."):
-            together.setdefault(id(seen[0]), {})[path] = modules[path]
+            together.setdefault(id(inputs[0]), {})[path] = module
     found = [
         Stage(each, streams.get(next(iter(each.values()))) if len(each) == 1 else None) for each in together.values()
     ]
@@ -132,27 +153,20 @@ def stages(
     return [*found, Stage(rest, whole=False)] if rest else found
 
 
-@torch.no_grad()
-def residual_streams(walk: Walk, number: int, state_1TH: Tensor) -> dict[nn.Module, nn.Module]:
+def residual_streams(layer: nn.Module, seen: Seen) -> dict[nn.Module, nn.Module]:
     """{o_proj, down_proj: the norm that reads what it is added to}, of those whose outputs are just added to it."""
-    layer = walk.layers[number]
-    norm, mlp_norm = getattr(layer, "input_layernorm", None), getattr(layer, "post_attention_layernorm", None)
-    o: Any = getattr(getattr(layer, "self_attn", None), "o_proj", None)
-    down: Any = getattr(getattr(layer, "mlp", None), "down_proj", None)
-    if not isinstance(norm, nn.Module) or not isinstance(mlp_norm, nn.Module):
+    norm: Any = getattr(layer, "input_layernorm", None)
+    mlp_norm: Any = getattr(layer, "post_attention_layernorm", None)
+    o = getattr(getattr(layer, "self_attn", None), "o_proj", None)
+    down = getattr(getattr(layer, "mlp", None), "down_proj", None)
+    if not seen.inputs.get(norm) or not seen.inputs.get(mlp_norm):
         return {}
-    seen: dict[nn.Module, Tensor] = {}
-    with ExitStack() as hooks:
-        for reader in (norm, mlp_norm):
-            hooks.callback(reader.register_forward_pre_hook(lambda m, x: seen.update({m: x[0]})).remove)
-        for writer in (o, down):
-            if isinstance(writer, nn.Linear):
-                hooks.callback(writer.register_forward_hook(lambda m, _, y: seen.update({m: y})).remove)
-        output_1TH = walk.call(number, state_1TH)
+    before, between = seen.inputs[norm][0], seen.inputs[mlp_norm][0]
     return {
         writer: reader
-        for writer, reader, behind in ((o, norm, seen.get(mlp_norm)), (down, mlp_norm, output_1TH))
-        if {writer, reader} <= seen.keys() and behind is not None and torch.equal(seen[reader] + seen[writer], behind)
+        for writer, reader, front, behind in ((o, norm, before, between), (down, mlp_norm, between, seen.output_1TH))
+        if isinstance(writer, nn.Linear) and writer in seen.outputs
+        if torch.equal(front + seen.outputs[writer], behind)
     }
 
 

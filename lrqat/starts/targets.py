@@ -75,7 +75,8 @@ def gather(
             half.run(y_NTH)
         return _scattered(half, stage, x_NTH, quantized)
     path, module = next(iter(stage.modules.items()))
-    tokens, inputs, weight_OI = x_NTH.shape[0] * x_NTH.shape[1], module.in_features, module.weight.float()
+    tokens, inputs = x_NTH.shape[0] * x_NTH.shape[1], module.in_features
+    weight_OI = None if stage.stream is None else module.weight.float()
     hessian_II = torch.zeros(inputs, inputs, device=x_NTH.device)
     missed_KI = torch.zeros(inputs if stage.stream is None else module.out_features, inputs, device=x_NTH.device)
     with arriving(half, path, module, stage.stream) as arrive:
@@ -84,7 +85,7 @@ def gather(
             with holding(quantized):
                 own_TI, own_TO = arrive(x_TH, False)
             missed_TK = full_TI - own_TI
-            if full_TO is not None and own_TO is not None:
+            if weight_OI is not None and full_TO is not None and own_TO is not None:
                 missed_TK = missed_TK @ weight_OI.T + (full_TO - own_TO)
             hessian_II.addmm_(own_TI.T, own_TI)
             missed_KI.addmm_(missed_TK.T, own_TI)
@@ -95,8 +96,7 @@ def gather(
 
 def regression(hessian_II: Tensor, missed_KI: Tensor, ridge: float, name: str) -> Tensor | None:
     """missed (H + ridge mean(diag H))^-1; None where no input fires."""
-    if not (hessian_II.isfinite().all() and missed_KI.isfinite().all()):
-        raise LrqatError(f"{name}: the calibration inputs are not finite; use --dtype bfloat16 or float32")
+    check_finite(missed_KI, name)
     added = ridge * hessian_II.diagonal().mean()
     if not added > 0:
         return None
@@ -104,6 +104,12 @@ def regression(hessian_II: Tensor, missed_KI: Tensor, ridge: float, name: str) -
     ridged_II.diagonal().add_(added)
     lower_II, failed = torch.linalg.cholesky_ex(ridged_II)
     return None if failed else torch.cholesky_solve(missed_KI.T, lower_II).T.contiguous()
+
+
+def check_finite(sums: Tensor, name: str) -> None:
+    """Refuse sums of inputs that have overflowed."""
+    if not sums.isfinite().all():
+        raise LrqatError(f"{name}: the calibration inputs are not finite; use --dtype bfloat16 or float32")
 
 
 @contextmanager

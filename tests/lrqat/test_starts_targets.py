@@ -19,7 +19,7 @@ from lrqat.plan import plan
 from lrqat.ptq import rtn
 from lrqat.starts.codes import rounded
 from lrqat.starts.gptq import gptq_layer, layer_sites, module_path
-from lrqat.starts.stages import Half, Stage, halves, holding, residual_streams
+from lrqat.starts.stages import Half, Stage, halves, holding, residual_streams, see
 from lrqat.starts.targets import RIDGE, Sums, gather, regression
 from lrqat.starts.walk import Walk
 
@@ -30,7 +30,6 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 ORDER = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-O_PROJ, DOWN_PROJ = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"
 
 
 def tiny(model_type: str = "llama", **options: Any) -> Any:
@@ -92,7 +91,7 @@ def test_only_what_is_just_added_to_the_residual_stream_makes_up_for_it(
     model_type: str, options: dict[str, Any], adds: set[str]
 ) -> None:
     walk = Walk(tiny(model_type, **options), tokens())
-    found = residual_streams(walk, 1, walk.begin()[:1])
+    found = residual_streams(walk.layers[1], see(walk, 1, walk.begin()[:1]))
     names = {module: name.rpartition(".")[2] for name, module in walk.layers[1].named_modules()}
     assert {names[writer] for writer in found} == adds
 
