@@ -94,6 +94,7 @@ def prepare(
     beginning: Beginning,
     blocks_NT: Tensor,
     p: float | None,
+    stored: torch.dtype,
     folder: Path | None = None,
     key: str = "",
 ) -> Found:
@@ -105,17 +106,37 @@ def prepare(
         beginning: what to do.
         blocks_NT: calibration tokens; not looked at by a rotation alone.
         p: exponent of the range search.
+        stored: what is not quantized will be in it.
         folder: where GPTQ keeps its finished layers, under `key`.
     """
     if beginning.rotate is not None:
         rotate(model, beginning.rotate, untie=beginning.untie_head)
+        narrow(model, plan, stored)
     if "awq" in beginning.steps:
         awq_fold(model, plan, blocks_NT, p)
     return gptq_model(model, plan, blocks_NT, p, folder=folder, key=key) if "gptq" in beginning.steps else {}
 
 
+@torch.no_grad()
+def narrow(model: Any, plan: Plan, stored: torch.dtype) -> None:
+    """Round what is not quantized, the head and the embedding above all, to what it is stored in, in place.
+
+    They came from that dtype; rotated in a wider one they would stay there, as large again as the whole model was.
+    """
+    for name, tensor in dense_tensors(model).items():
+        if name not in plan.grids and tensor.dtype == model.dtype != stored:
+            tensor.copy_(tensor.to(stored))
+
+
 def prepare_once(
-    model: Any, plan: Plan, beginning: Beginning, blocks_NT: Tensor, p: float | None, path: Path, key: str
+    model: Any,
+    plan: Plan,
+    beginning: Beginning,
+    blocks_NT: Tensor,
+    p: float | None,
+    stored: torch.dtype,
+    path: Path,
+    key: str,
 ) -> Found:
     """`prepare`, or what it gave when the file at `path` was written under the same key."""
     if not beginning.changes:
@@ -125,7 +146,7 @@ def prepare_once(
             if (file.metadata() or {}).get("key") == key:
                 return load_prepared(model, beginning, file)
     layers = path.with_suffix("")
-    parts = prepare(model, plan, beginning, blocks_NT, p, layers, key)
+    parts = prepare(model, plan, beginning, blocks_NT, p, stored, layers, key)
     kept.write(path, dict(dense_tensors(model)) | kept.named_parts(parts), key)
     shutil.rmtree(layers, ignore_errors=True)
     with open_safetensors(path) as file:

@@ -323,7 +323,7 @@ def add_ptq(commands: argparse._SubParsersAction) -> None:
     beginning_flags(p)
     data_flags(p)
     p.add_argument("--range-p", type=float, default=3.5, help="exponent of the range search; 0 is min-max (3.5)")
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the dense weights (bfloat16)")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights before they are rounded (bfloat16)")
     p.set_defaults(body=ptq_command)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -145,29 +145,34 @@ def fuse_model(
         found[name].release()
         return fused
 
-    stored = stored_dtype(hf_config)
-    dense = dense_tensors(model)
-    if stored is None or stored.itemsize >= model.dtype.itemsize:  # else training has widened it
-        stored = model.dtype
-    dense_specs = {
-        name: Spec(narrowed(tensor, stored).dtype if tensor.dtype == model.dtype else tensor.dtype, tuple(tensor.shape))
-        for name, tensor in dense.items()
-    }
+    dense = stored_dense(model, hf_config)
     return FusedCheckpoint(
         tensors=Lazy(found, fuse),
-        dense=Lazy(dense, lambda name: dense[name].to(dense_specs[name].dtype)),
+        dense=dense,
         specs={name: FusedSpec(q.grid, q.shape) for name, q in found.items()},
-        dense_specs=dense_specs,
+        dense_specs=dense.specs,
         hf_config=effective_config(model, hf_config),
         assets=assets,
         provenance=provenance,
     )
 
 
-def stored_dtype(hf_config: dict[str, Any]) -> torch.dtype | None:
-    """The dtype that config.json names for the checkpoint's tensors."""
+def stored_dense(model: Any, hf_config: dict[str, Any], quantized: Container[str] = ()) -> Lazy[Tensor]:
+    """What no quantizer owns and is not in `quantized`: in the checkpoint's dtype, where that holds every value."""
+    stored = stored_dtype(model, hf_config)
+    dense = {name: tensor for name, tensor in dense_tensors(model).items() if name not in quantized}
+    specs = {
+        name: Spec(narrowed(tensor, stored).dtype if tensor.dtype == model.dtype else tensor.dtype, tuple(tensor.shape))
+        for name, tensor in dense.items()
+    }
+    return Lazy(specs, lambda name: dense[name].to(specs[name].dtype))
+
+
+def stored_dtype(model: Any, hf_config: dict[str, Any]) -> torch.dtype:
+    """The dtype that config.json names for the checkpoint's tensors, if the model has been widened from it."""
     found = getattr(torch, str(config_dtype(hf_config)), None)
-    return found if isinstance(found, torch.dtype) else None
+    own: torch.dtype = model.dtype
+    return found if isinstance(found, torch.dtype) and found.itemsize < own.itemsize else own
 
 
 def narrowed(tensor: Tensor, stored: torch.dtype) -> Tensor:

@@ -20,9 +20,9 @@ from lrqat.begin import check_layers, prepare, tell_uncalibrated, untie
 from lrqat.console import device, log
 from lrqat.data import blocks, draw
 from lrqat.errors import LrqatError
-from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec
+from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy
 from lrqat.grid import Grid
-from lrqat.layers import dense_tensors, effective_config
+from lrqat.layers import effective_config, stored_dense, stored_dtype
 from lrqat.models import Base
 from lrqat.plan import plan
 from lrqat.provenance import provenance
@@ -58,7 +58,7 @@ def quantize(
         grid: of all that no override names.
         p: exponent of the range search; None: min-max.
         skip: regular expressions of what stays as it is.
-        dtype: of the dense weights.
+        dtype: that weights are read in, changed and rounded from.
         out: the run's directory.
         override: PATTERN=GRID (`lrqat.assign`).
         beginning: what is done before weights are rounded; by default, nothing.
@@ -82,10 +82,11 @@ def quantize(
     if beginning.changes:
         settings |= dataclasses.asdict(beginning)
         check_layers(model, beginning)
-        parts = prepare(model.to(device()), decided, beginning, calibration_NT, p)
+        stored = stored_dtype(model, base.config)
+        parts = prepare(model.to(device()), decided, beginning, calibration_NT, p, stored)
     weights = checkpoint_tensors(model)
     specs = {name: FusedSpec(g, tuple(weights[name].shape)) for name, g in decided.grids.items()}  # type: ignore[arg-type]
-    dense = {name: tensor for name, tensor in dense_tensors(model).items() if name not in specs}
+    dense = stored_dense(model, base.config, specs)
 
     def fuse(name: str) -> FusedTensor:
         weight_OI, own = weights[name], specs[name].grid
@@ -95,7 +96,7 @@ def quantize(
         tensors=Lazy(specs, fuse),
         dense=dense,
         specs=specs,
-        dense_specs={name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in dense.items()},
+        dense_specs=dense.specs,
         hf_config=effective_config(model, base.config),
         assets=base.assets,
         provenance=provenance(beginning.method, settings, base.sha256(), decided.skipped, **more),

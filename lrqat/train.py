@@ -48,7 +48,7 @@ from lrqat.errors import LrqatError
 from lrqat.experts import QuantExperts
 from lrqat.fused import FusedCheckpoint, is_fused, read_json, write_json
 from lrqat.jsonfile import read_metrics
-from lrqat.layers import fuse_model, quantizers
+from lrqat.layers import fuse_model, quantizers, stored_dtype
 from lrqat.losses import body_and_head, head_of
 from lrqat.memory import give_large_blocks_back, return_freed_memory, wide
 from lrqat.methods.products import widens
@@ -158,7 +158,8 @@ def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
         head_VH = head.weight_VH.detach()
         if settings.rotate is not None:
             head_VH = head_VH.clone()  # the model's own is rotated in place
-    make_quantized(model, decided, settings, calibration_NT, out, fingerprint, fused)
+    stored = stored_dtype(model, base.config)
+    make_quantized(model, decided, settings, calibration_NT, stored, out, fingerprint, fused)
     own_VH = model.get_output_embeddings().weight
     teacher_VH = None if head_VH is None or torch.equal(own_VH, head_VH) else head_VH
     del head, head_VH, own_VH
@@ -224,6 +225,7 @@ def make_quantized(
     decided: Plan,
     settings: TrainSettings,
     calibration_NT: Tensor,
+    stored: torch.dtype,
     out: Path,
     fingerprint: dict[str, Any],
     fused: FusedBase | None = None,
@@ -235,7 +237,7 @@ def make_quantized(
         beginning = dataclasses.replace(beginning, method="awq" if "awq" in beginning.steps else "rtn")
     path = out / "start.safetensors"
     with first():
-        parts = prepare_once(model, decided, beginning, calibration_NT, settings.range_p, path, key)
+        parts = prepare_once(model, decided, beginning, calibration_NT, settings.range_p, stored, path, key)
     with offloaded(settings.offload, out / own("frozen.safetensors"), decided) as frozen:
         if fused:
             swap_for_training(model, decided, settings, fused.parts(model.device), fused.exactly, frozen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lrqat import begin, block_ap
 from lrqat.activations import per_token
@@ -302,6 +304,22 @@ def test_a_rotated_model_is_another_basis_of_the_same_model(tiny_model_dir: Path
     assert not fused.tied_head and fused.provenance["settings"]["rotate"] == 5
     scores = evaluate_files(str(tmp_path), str(tiny_model_dir), [str(text)], 32, 4, "float32")
     assert scores.kl is not None and scores.kl < 1e-3
+
+
+@pytest.mark.parametrize("command", ["ptq", "train --steps 1 --batch-size 1 --rank 4"])
+def test_what_a_rotation_made_is_stored_and_trained_in_the_checkpoints_dtype(
+    command: str, tiny_model_dir: Path, tmp_path: Path, text: Path
+) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    for asset in tiny_model_dir.glob("tokenizer*"):
+        shutil.copyfile(asset, tmp_path / "half" / asset.name)
+    words = ["--grid", "w4g32", "--rotate", "5", "--untie-head", "--dtype", "float32", "--skip", "layers.0.mlp.up_proj"]
+    name, *flags = command.split()
+    words += ["--data", str(text), "--seq-len", "16", *flags] if name == "train" else []
+    assert main([name, str(tmp_path / "half"), *words, "--out", str(tmp_path / "run")]) == 0
+    fused = FusedCheckpoint.load(tmp_path / "run")
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"} < fused.dense.keys()
+    assert {tensor.dtype for tensor in fused.dense.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

@@ -172,13 +172,13 @@ def test_a_rotated_model_is_read_from_the_runs_file(tiny_model_dir: Path, tmp_pa
     settings = TrainSettings("unused", "unused", rotate=3, untie_head=True, rank=4)
     model, ids = base.model(torch.float32), torch.arange(20)[None]
     decided = plan(base.skeleton(), settings.assignment, settings.rank)
-    before = model(ids).logits
-    prepare_once(model, decided, settings.beginning, torch.empty(0, 8), None, tmp_path / "start.safetensors", "key")
+    before, kept = model(ids).logits, (torch.float32, tmp_path / "start.safetensors", "key")
+    prepare_once(model, decided, settings.beginning, torch.empty(0, 8), None, *kept)
     assert all(in_file(weight) and not private(weight) for weight in model.parameters())
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-4)
     again = base.model(torch.float32)
     rotate(again, 3, untie=True)
     assert private(again.get_submodule("model.layers.0.mlp.down_proj").weight)
     again = base.model(torch.float32)
-    prepare_once(again, decided, settings.beginning, torch.empty(0, 8), None, tmp_path / "start.safetensors", "key")
+    prepare_once(again, decided, settings.beginning, torch.empty(0, 8), None, *kept)
     assert torch.equal(again(ids).logits, model(ids).logits)
