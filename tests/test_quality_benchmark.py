@@ -37,7 +37,7 @@ PLAN: dict[str, Any] = {
 COST = {"seconds": 60.0, "cpu_seconds": 90.0, "peak_memory_gb": 1.5}
 MACHINE = {"processor": "A", "gflops": 54.6}
 PEER = {"tool": "other", "version": "1", "method": "m", "grid": "q3", "settings": "s", "bits_per_weight": 3.4}
-PEER |= {**COST, "machine": MACHINE}
+PEER |= {"megabytes": 1.0, **COST, "machine": MACHINE}
 SIZE = ["--blocks", "2", "--seq-len", "32"]
 
 
@@ -120,6 +120,8 @@ def test_a_stopped_row_goes_on_and_costs_what_all_its_attempts_took(bench: Bench
     assert [m["step"] for m in read_metrics(folder / "run" / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert not (folder / "run" / "checkpoints").exists()
     assert 0 < result["codes_moved"] < 1 and result["bits_per_weight"] == 3.5
+    stored = sum(file.stat().st_size for file in (folder / "run" / "fused").glob("*.safetensors"))
+    assert 0.5 < result["megabytes"] * 1e6 / stored < 1  # the file has a byte a code
 
 
 @pytest.mark.slow
@@ -378,7 +380,7 @@ def test_labels_are_moved_apart_and_keep_their_order() -> None:
 def test_a_table_of_rows_from_several_machines_says_which_is_whose() -> None:
     scores = {"kl": 0.1, "perplexity": 20.0, "word_perplexity": 50.0, "top1": 0.9}
     shared = {"grid": "w3", "tool": "lrqat", "version": "0", "method": "rtn", "bits_per_weight": 3.0, "settings": {}}
-    shared |= {"seed": None, "valid": scores, "core_minutes": 2.0, "peak_memory_gb": 1.0}
+    shared |= {"megabytes": 70.2, "seed": None, "valid": scores, "core_minutes": 2.0, "peak_memory_gb": 1.0}
     slow, fast = ({"processor": name, "gflops": speed} for name, speed in (("A", 54.6), ("B", 120.0)))
     text = {"text": "x", "sha256": "", "seq_len": 8, "blocks": 1}
 
@@ -392,4 +394,4 @@ def test_a_table_of_rows_from_several_machines_says_which_is_whose() -> None:
     assert "(a) A at 30 GFLOP/s; (b) A at 55 GFLOP/s" in written(slow, {**slow, "gflops": 30.0})
     both = written(slow, fast)
     assert "(a) A at 55 GFLOP/s; (b) B at 120 GFLOP/s" in both
-    assert "| 2 | a | 1.00 |" in both and "| 2 | b | 1.00 |" in both
+    assert "| 3.00 | 70 | 1 |" in both and "| 2 | a | 1.00 |" in both and "| 2 | b | 1.00 |" in both

@@ -5,7 +5,7 @@ transformers only, and nothing of lrqat. Every run leaves
 
     OUT/model       a Hugging Face directory with the dequantized weights, exact: bfloat16 if that holds them all,
                     else float32
-    OUT/cost.json   {"tool", "version", "method", "grid", "settings", "bits_per_weight",
+    OUT/cost.json   {"tool", "version", "method", "grid", "settings", "bits_per_weight", "megabytes",
                      "seconds", "cpu_seconds", "peak_memory_gb", "threads", "machine"}
 
 Costs count from the start of the process (seconds from this module's import) to the tool's own packed output; turning
@@ -70,7 +70,7 @@ class Grid:
 
     def account(self, weights: Mapping[str, Tensor], scale_bits: int = 16) -> dict[str, str | float]:
         """Of a model's linear layers, for `finish`."""
-        shapes = [tuple(weight.shape) for name, weight in weights.items() if name.endswith("_proj.weight")]
+        shapes = [tuple(weight.shape) for name, weight in weights.items() if linear(name)]
         return {"grid": str(self), "bits_per_weight": self.bits_per_weight(shapes, scale_bits)}
 
 
@@ -161,6 +161,11 @@ def blocks(tokenizer: Any, files: Sequence[Path], count: int, length: int) -> Te
     return torch.tensor(ids[: found * length]).view(found, length)[order[:count]]
 
 
+def linear(name: str) -> bool:
+    """The name of a weight that tools quantize."""
+    return name.endswith("_proj.weight")
+
+
 def fresh(out: Path) -> Path:
     """`out`, emptied and marked as unfinished; refuses to empty a directory that is not a run's."""
     if out.exists():
@@ -237,6 +242,9 @@ def finish(
     model: Path,
     weights: Mapping[str, Tensor],
     cost: Cost,
+    *,
+    bits_per_weight: float,
+    megabytes: float | None = None,
     **said: str | float,
 ) -> None:
     """Write OUT/model and, last, OUT/cost.json.
@@ -246,6 +254,8 @@ def finish(
         model: the full-precision model, whose config and tokenizer are copied.
         weights: every tensor by its name in the model; the head is left out where it is tied.
         cost: what the tool spent.
+        bits_per_weight: of the linear layers.
+        megabytes: of the whole model; None: the linear layers at those bits, all else in 16.
         said: the other fields of cost.json.
     """
     (out / "model").mkdir()
@@ -258,7 +268,10 @@ def finish(
         if (model / name).is_file():
             shutil.copyfile(model / name, out / "model" / name)
     (out / "model/config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2))
-    row = {**said, "seconds": cost.seconds, "cpu_seconds": cost.cpu_seconds, "peak_memory_gb": cost.peak_memory_gb}
+    if megabytes is None:
+        bits = ((bits_per_weight if linear(k) else 16) * v.numel() for k, v in kept.items())
+        megabytes = sum(bits) / 8e6
+    row = {**said, "bits_per_weight": bits_per_weight, "megabytes": megabytes, **vars(cost)}
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
     row |= {"threads": torch.get_num_threads(), "machine": machine()}
     (out / "cost.json.partial").write_text(json.dumps(row, indent=1) + "\n")

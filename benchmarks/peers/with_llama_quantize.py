@@ -233,6 +233,7 @@ def main() -> None:
         grid=args.type.lower(),
         settings=f"{args.type}, {imatrix}; linears: {mixture}; embeddings {head}",
         bits_per_weight=spent / kinds.total(),
+        megabytes=(out / "quantized.gguf").stat().st_size / 1e6,
     )
 
 

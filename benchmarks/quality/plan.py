@@ -40,7 +40,7 @@ KEYS = {"grids", "seeds", "rows", *COMMANDS}
 ROW_KEYS = {"name", "grid", "seeds", "peer", *COMMANDS}
 OURS = {"model", "out", "data", "grid", "seed", "threads", "config", "json", "resume", "for"}  # not for a row to say
 SPENT = ("seconds", "cpu_seconds", "peak_memory_gb", "machine")
-COST = ("tool", "version", "method", "grid", "settings", "bits_per_weight", *SPENT)
+COST = ("tool", "version", "method", "grid", "settings", "bits_per_weight", "megabytes", *SPENT)
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,8 @@ def locked(out: Path) -> Iterator[int]:
 
 def run(bench: Bench, planned: Sequence[Row], text: Text, hands: Hands) -> Done:
     """Every planned row to its result, scored on validation text."""
-    dtype, bits = full_precision(bench)
-    reference = Row(dtype, dtype, REFERENCE, {"bits_per_weight": bits})
+    dtype, size = full_precision(bench)
+    reference = Row(dtype, dtype, REFERENCE, size)
     with Children(hands.threads, bench.lock) as children:
 
         def do(row: Row) -> None:
@@ -263,7 +263,7 @@ def obtain(bench: Bench, row: Row, children: Children) -> None:
     result: dict[str, Any] = {"name": row.name, "grid": row.grid, "seed": row.seed, "settings": what["settings"]}
     if row.peer:
         cost = {key: row.settings[key] for key in SPENT}
-        result |= {key: row.settings[key] for key in ("tool", "version", "method", "bits_per_weight")}
+        result |= {key: row.settings[key] for key in ("tool", "version", "method", "bits_per_weight", "megabytes")}
         result |= {"settings": {"grid": row.settings["grid"], "settings": row.settings["settings"]}}
         result |= {**cost, "source": os.path.relpath(row.peer / "model", bench.out)}
         result["machines"] = [result.pop("machine")]
@@ -297,7 +297,8 @@ def execute(
         write_json(folder / "row.json", {"what": what, "attempts": attempts})
     said = children.answer(ended, folder / "log.txt")
     known = [cost for cost in attempts if cost is not None]
-    specs = FusedCheckpoint.load(run_folder).specs.values()
+    checkpoint = FusedCheckpoint.load(run_folder)
+    specs, counts = checkpoint.specs.values(), checkpoint.counts()
     weights = sum(spec.shape[0] * spec.shape[1] for spec in specs)
     bits = sum(spec.grid.bits_per_weight(*spec.shape) * spec.shape[0] * spec.shape[1] for spec in specs)
     return {
@@ -306,6 +307,7 @@ def execute(
         "code_sha256": sha256(sorted(Path(lrqat.__file__).parent.rglob("*.py"))),
         "method": said["method"],
         "bits_per_weight": bits / weights,
+        "megabytes": counts["bits_per_weight"] * (counts["quantized"] + counts["skipped"] + counts["dense"]) / 8e6,
         "seconds": sum(cost["seconds"] for cost in known),
         "cpu_seconds": sum(cost["cpu_seconds"] for cost in known),
         "peak_memory_gb": max(cost["peak_memory_gb"] for cost in known),
@@ -334,15 +336,16 @@ def score(bench: Bench, label: str, text: Text, children: Children) -> None:
     log(f"{label}: {text.kind} KL {figures['kl']:.4f}, perplexity {figures['perplexity']:.2f}")
 
 
-def full_precision(bench: Bench) -> tuple[str, float]:
-    """(dtype of most weights, as bf16; bits per weight) of the model."""
+def full_precision(bench: Bench) -> tuple[str, dict[str, float]]:
+    """(dtype of most weights, as bf16; {"bits_per_weight", "megabytes"}) of the model."""
     bits: Counter[str] = Counter()
     weights = 0
     for spec in SafetensorsDirectory(Path(bench.model)).specs.values():
         name = str(spec.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
         bits[name] += 8 * spec.dtype.itemsize * math.prod(spec.shape)
         weights += math.prod(spec.shape)
-    return bits.most_common(1)[0][0], bits.total() / weights
+    size = {"bits_per_weight": bits.total() / weights, "megabytes": bits.total() / 8e6}
+    return bits.most_common(1)[0][0], size
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

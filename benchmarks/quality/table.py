@@ -19,6 +19,7 @@ from lrqat.jsonfile import read_json, write_json, write_text
 KINDS = ("valid", "test")
 TEXT = ("text", "sha256", "seq_len", "blocks")
 SCORES = ("kl", "perplexity", "word_perplexity", "top1")
+KEPT = ("grid", "name", "tool", "version", "method", "bits_per_weight", "megabytes")
 SAME_SPEED = 1.25  # times the slowest measurement of a machine, whose caches and clock other work shares
 COSTS = ("seconds", "cpu_seconds", "core_minutes", "peak_memory_gb", "codes_moved")
 
@@ -78,8 +79,8 @@ def lines(results: list[dict[str, Any]]) -> dict[str, Any]:
 def line(group: list[dict[str, Any]]) -> dict[str, Any]:
     """Runs of one row, together."""
     first = group[0]
-    kept = {key: first.get(key) for key in ("grid", "name", "tool", "version", "method", "bits_per_weight")}
-    found = {**kept, "settings": {key: value for key, value in first["settings"].items() if key != "seed"}}
+    found: dict[str, Any] = {key: first.get(key) for key in KEPT}
+    found |= {"settings": {key: value for key, value in first["settings"].items() if key != "seed"}}
     found["seeds"] = sorted(result["seed"] for result in group if result["seed"] is not None)
     found |= {key: spread(result.get(key) for result in group) for key in COSTS}
     found["code_sha256"] = sorted({result["code_sha256"] for result in group if "code_sha256" in result})
@@ -127,7 +128,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     texts = [
         f"{kind}: {table[kind]['text']}, {table[kind]['blocks']} x {table[kind]['seq_len']} tokens" for kind in kinds
     ]
-    head = ["grid", "row", "tool", "bits", "runs"]
+    head = ["grid", "row", "tool", "bits", "MB", "runs"]
     head += [f"{name}, {kind}" for kind in kinds for name in ("KL", "perplexity", "per word", "top-1")]
     machines = machines_of(table["rows"])
     head += ["core-min", *(["of"] if len(machines) > 1 else []), "GB", "codes moved"]
@@ -146,15 +147,16 @@ def markdown(table: Mapping[str, Any]) -> str:
         f"# Quality: {table['model']}",
         "",
         f"KL in nats per token to the full-precision model ({'; '.join(texts)}); each block is its own context. Bits "
-        "are of a quantized weight, scales included. Cost: user and system time and peak memory of the whole command. "
-        f"Of several seeds: mean (lowest to highest). Sorted by KL, {table['sorted_by']}.{notes}",
+        "are of a quantized weight, scales included; MB of all that is stored. Cost: user and system time and peak "
+        "memory of the whole command. Of several seeds: mean (lowest to highest). "
+        f"Sorted by KL, {table['sorted_by']}.{notes}",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
     ]
     for row in table["rows"]:
         cells = [row["grid"], row["name"], f"{row['tool']} {row['version']}" if row["tool"] else ""]
-        cells += [f"{row['bits_per_weight']:.2f}", str(len(row["seeds"]) or 1)]
+        cells += [f"{row['bits_per_weight']:.2f}", f"{row['megabytes']:.0f}", str(len(row["seeds"]) or 1)]
         for kind in kinds:
             figures = row[kind] or dict.fromkeys(SCORES)
             formats = (".4f", ".5g", ".5g", ".3f")
