@@ -124,8 +124,13 @@ def products(float32: bool) -> torch.autocast:
 def trained(arguments: argparse.ArgumentParser) -> None:
     """The arguments of tools that train."""
     arguments.add_argument("--core-minutes", type=float, default=60, help="processor time to train for (60)")
+    float32(arguments)
+
+
+def float32(arguments: argparse.ArgumentParser) -> None:
+    """The argument of tools that compute in bfloat16."""
     arguments.add_argument(
-        "--float32", action="store_true", help="no bfloat16 autocast: faster on a CPU without instructions for it"
+        "--float32", action="store_true", help="in place of bfloat16: faster on a CPU without instructions for it"
     )
 
 

@@ -14,7 +14,7 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its own default, half the
 
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
-from shared import Cost, Grid, blocks, finish, fresh, gptq_weights, parser, tensors
+from shared import Cost, Grid, blocks, finish, float32, fresh, gptq_weights, parser, tensors
 from transformers import AutoTokenizer
 
 
@@ -23,13 +23,14 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--samples", type=int, default=1024, help="calibration blocks (1024)")
     arguments.add_argument("--seq-len", type=int, default=512, help="tokens of each (512)")
+    float32(arguments)
     args = arguments.parse_args()
     out, args.model = fresh(args.out).resolve(), args.model.resolve()
     grid: Grid = args.grid
     ids = blocks(AutoTokenizer.from_pretrained(args.model), args.text, args.samples, args.seq_len)
     os.chdir(out)  # it writes a folder of logs beside itself
     config = QuantizeConfig(bits=grid.bits, group_size=grid.group or -1, sym=not grid.asymmetric, device="cpu")
-    model = GPTQModel.load(str(args.model), config)
+    model = GPTQModel.load(str(args.model), config, dtype=torch.float32 if args.float32 else "auto")
     model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=1)
     model.save(str(out / "packed"))
     cost = Cost.so_far()
@@ -42,7 +43,7 @@ def main() -> None:
         tool="GPTQModel",
         version=version("gptqmodel"),
         method="gptq",
-        settings=f"{args.samples} x {args.seq_len} tokens, all else default",
+        settings=f"{args.samples} x {args.seq_len} tokens{', float32' * args.float32}, all else default",
         **grid.account(weights),
     )
 

@@ -20,7 +20,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
-from shared import Cost, Grid, blocks, finish, fresh, parser, tensors
+from shared import Cost, Grid, blocks, finish, float32, fresh, parser, tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,21 +68,22 @@ def main() -> None:
     arguments.add_argument("--method", choices=("gptq", "awq"), default="gptq")
     arguments.add_argument("--samples", type=int, default=512, help="calibration blocks (512)")
     arguments.add_argument("--seq-len", type=int, default=2048, help="tokens of each (2048)")
+    float32(arguments)
     args = arguments.parse_args()
     out = fresh(args.out)
     if not torch.accelerator.is_available():  # AWQ pins memory for copies to one, and fails where there is none
         IntermediatesCache.pin_memory = lambda *_: None
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = blocks(tokenizer, args.text, args.samples, args.seq_len)
-    oneshot(
-        model=AutoModelForCausalLM.from_pretrained(args.model, dtype="auto"),
+    model = oneshot(
+        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32 if args.float32 else "auto"),
         tokenizer=tokenizer,
         recipe=recipe(args.method, args.grid),
         dataset=Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}),
         num_calibration_samples=args.samples,
         max_seq_length=args.seq_len,
-        output_dir=str(out / "packed"),
     )
+    model.to(torch.bfloat16).save_pretrained(str(out / "packed"))  # finds the same codes again
     cost = Cost.so_far()
     weights = dequantized(tensors(out / "packed"), args.grid)
     finish(
@@ -93,7 +94,7 @@ def main() -> None:
         tool="llm-compressor",
         version=version("llmcompressor"),
         method=args.method,
-        settings=f"{args.samples} x {args.seq_len} tokens, all else default",
+        settings=f"{args.samples} x {args.seq_len} tokens{', float32' * args.float32}, all else default",
         **args.grid.account(weights),
     )
 
