@@ -18,7 +18,10 @@ from lrqat.errors import LrqatError
 
 
 class Reached(Exception):
-    """A forward pass has come as far as it is needed."""
+    """A forward pass has come as far as it is needed. Its argument tells whose it is.
+
+    To be made anew each time: one that is raised again holds the tensors of all passes that it has ended.
+    """
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:

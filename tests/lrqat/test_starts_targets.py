@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +278,24 @@ def test_what_sees_all_tokens_of_the_first_block_alone_is_one_line() -> None:
     assert stage.whole
     with pytest.raises(LrqatError, match=r"^model.layers.0.mlp.linear: [^\n]*--skip$"):
         gather(half, stage, x_NTH, x_NTH, {})
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_passes_that_end_on_the_way_leave_nothing_for_the_garbage_collector(place: int) -> None:
+    model = tiny()
+    walk = Walk(model, tokens())
+    x_NTH = walk.begin()
+    half, stage = staged(walk, 1, x_NTH, linear(model))[place]
+    made: list[weakref.ref[Tensor]] = []
+    walk.layers[1].input_layernorm.register_forward_hook(lambda _module, _arguments, y: made.append(weakref.ref(y)))
+    gc.collect()
+    gc.disable()
+    try:
+        gather(half, stage, x_NTH, x_NTH.clone(), {}, last=stage is half.stages[-1])
+        left = [one for one in made if one() is not None]
+    finally:
+        gc.enable()
+    assert len(made) == 2 * len(x_NTH) and not left
 
 
 def test_a_layer_makes_up_for_what_the_one_before_it_lost(
