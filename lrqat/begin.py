@@ -119,13 +119,18 @@ def prepare(
 
 @torch.no_grad()
 def narrow(model: Any, plan: Plan, stored: torch.dtype) -> None:
-    """Round what is not quantized, the head and the embedding above all, to what it is stored in, in place.
+    """Round what is not quantized, the head and the embedding above all, to 16 bits where it came from 16, in place.
 
-    They came from that dtype; rotated in a wider one they would stay there, as large again as the whole model was.
+    Rotated in a wider dtype they would stay there, as large again as the whole model was. Bfloat16 that float16 holds
+    too, but for sizes beyond its range, is served as it is in both.
     """
+    if stored.itemsize > 2:
+        return
     for name, tensor in dense_tensors(model).items():
-        if name not in plan.grids and tensor.dtype == model.dtype != stored:
-            tensor.copy_(tensor.to(stored))
+        if name not in plan.grids and tensor.dtype == model.dtype:
+            narrow = tensor.to(stored)
+            half = narrow.to(torch.float16)
+            tensor.copy_(half if half.isfinite().all() else narrow)
 
 
 def prepare_once(

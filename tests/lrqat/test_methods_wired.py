@@ -306,20 +306,22 @@ def test_a_rotated_model_is_another_basis_of_the_same_model(tiny_model_dir: Path
     assert scores.kl is not None and scores.kl < 1e-3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("command", ["ptq", "train --steps 1 --batch-size 1 --rank 4"])
 def test_what_a_rotation_made_is_stored_and_trained_in_the_checkpoints_dtype(
-    command: str, tiny_model_dir: Path, tmp_path: Path, text: Path
+    command: str, dtype: str, tiny_model_dir: Path, tmp_path: Path, text: Path
 ) -> None:
     AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
     for asset in tiny_model_dir.glob("tokenizer*"):
         shutil.copyfile(asset, tmp_path / "half" / asset.name)
-    words = ["--grid", "w4g32", "--rotate", "5", "--untie-head", "--dtype", "float32", "--skip", "layers.0.mlp.up_proj"]
+    words = ["--grid", "w4g32", "--rotate", "5", "--untie-head", "--dtype", dtype, "--skip", "layers.0.mlp.up_proj"]
     name, *flags = command.split()
     words += ["--data", str(text), "--seq-len", "16", *flags] if name == "train" else []
     assert main([name, str(tmp_path / "half"), *words, "--out", str(tmp_path / "run")]) == 0
     fused = FusedCheckpoint.load(tmp_path / "run")
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"} < fused.dense.keys()
     assert {tensor.dtype for tensor in fused.dense.values()} == {torch.bfloat16}
+    assert all(torch.equal(tensor.half().to(tensor.dtype), tensor) for tensor in fused.dense.values())
 
 
 @pytest.mark.parametrize(
