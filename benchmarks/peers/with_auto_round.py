@@ -12,7 +12,7 @@ import json
 from importlib.metadata import version
 
 from auto_round import AutoRound
-from shared import Cost, Grid, blocks, finish, fresh, gptq_weights, parser, tensors
+from shared import Cost, Grid, blocks, finish, float32, fresh, gptq_weights, parser, tensors
 from transformers import AutoTokenizer
 
 PRESETS = {"default": {}, "light": {"iters": 50, "lr": 5e-3}}
@@ -25,6 +25,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=128, help="calibration blocks (128)")
     arguments.add_argument("--seq-len", type=int, default=2048, help="tokens of each (2048)")
     arguments.add_argument("--batch", type=int, default=8, help="blocks a step (8)")
+    float32(arguments)
     args = arguments.parse_args()
     out = fresh(args.out)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -40,6 +41,7 @@ def main() -> None:
         seqlen=args.seq_len,
         batch_size=args.batch,
         device_map="cpu",
+        amp=not args.float32,
         **PRESETS[args.preset],
     )
     learner.quantize_and_save(str(out / "packed"), format="auto_round")
@@ -56,7 +58,8 @@ def main() -> None:
         tool="auto-round",
         version=version("auto-round"),
         method="auto-round" if args.preset == "default" else f"auto-round-{args.preset}",
-        settings=f"{args.preset} preset, {args.samples} x {args.seq_len} tokens, batch {args.batch}",
+        settings=f"{args.preset} preset, {args.samples} x {args.seq_len} tokens, batch {args.batch}"
+        + ", float32" * args.float32,
         **grid.account(weights),
     )
 
