@@ -128,9 +128,9 @@ def narrow(model: Any, plan: Plan, stored: torch.dtype) -> None:
         return
     for name, tensor in dense_tensors(model).items():
         if name not in plan.grids and tensor.dtype == model.dtype:
-            narrow = tensor.to(stored)
-            half = narrow.to(torch.float16)
-            tensor.copy_(half if half.isfinite().all() else narrow)
+            own = tensor.to(stored)
+            half = own.to(torch.float16)
+            tensor.copy_(half if half.isfinite().all() else own)
 
 
 def prepare_once(
