@@ -75,15 +75,17 @@ def main() -> None:
         IntermediatesCache.pin_memory = lambda *_: None
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = blocks(tokenizer, args.text, args.samples, args.seq_len)
-    model = oneshot(
-        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32 if args.float32 else "auto"),
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    own = model.dtype
+    oneshot(
+        model=model.float() if args.float32 else model,
         tokenizer=tokenizer,
         recipe=recipe(args.method, args.grid),
         dataset=Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}),
         num_calibration_samples=args.samples,
         max_seq_length=args.seq_len,
     )
-    model.to(torch.bfloat16).save_pretrained(str(out / "packed"))  # finds the same codes again
+    model.to(own).save_pretrained(str(out / "packed"))  # finds the same codes again
     cost = Cost.so_far()
     weights = dequantized(tensors(out / "packed"), args.grid)
     finish(
