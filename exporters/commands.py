@@ -76,6 +76,27 @@ def grid_for(
     return str(found)
 
 
+def take_like(args: argparse.Namespace, model: str) -> None:
+    """Put the grids of `--like`'s file into --grid, and before what --override says.
+
+    Raises:
+        LrqatError: --grid beside it, a model that has its grid already, or what `gguf_like.grids_like` refuses.
+    """
+    if args.grid is not None:
+        raise LrqatError(f"--grid {args.grid}: --like gives every weight its grid; leave one of them out")
+
+    from exporters.gguf_like import grids_like
+    from lrqat.fused import is_fused
+    from lrqat.layers import effective_config
+    from lrqat.models import locate
+
+    if is_fused(model):
+        raise LrqatError(f"--like: {model} is on its grid already; leave it out")
+    base = locate(model)
+    args.grid, found = grids_like(args.like, effective_config(base.skeleton(), base.config))
+    args.override = [*found, *(args.override or [])]
+
+
 def formats_flags(p: argparse.ArgumentParser) -> None:
     """Flags of `lrqat formats`."""
     p.add_argument("--grid", help="only this grid; with --model the grid of the model")

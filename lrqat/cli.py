@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporters.commands import TARGETS_HELP, formats_flags, grid_for, import_flags
+from exporters.commands import TARGETS_HELP, formats_flags, grid_for, import_flags, take_like
 from lrqat.command import common_flags, run, set_threads, show, with_recipe
 from lrqat.commands import KV_HELP, MODEL_HELP, eval_flags, zeroshot_flags
 from lrqat.errors import LrqatError
@@ -35,6 +35,7 @@ from lrqat.settings import (
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
 GRID_HELP = "w<bits>[g<group size>][-asym|-min], or a ggml type: w4g32, w3, q4_k"
+LIKE_HELP = "in place of --grid: every weight on the grid that this GGUF file of the same model has for it, as Q4_K_M"
 OVERRIDE_HELP = (
     "another grid for some weights: 're:.*down_proj=w8g32' (a regular expression from the name's start), lm_head=q6_k "
     "(a part of the name), or =dense; the last that matches wins. The only way to quantize head and embeddings"
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     args = make_parser().parse_args(arguments)
     set_threads(args.threads)
+    if getattr(args, "like", None) is not None and (model := args.model or args.model_flag):
+        take_like(args, model)
     status: int = args.body(args)
     return status
 
@@ -141,6 +144,7 @@ def add_command(commands: argparse._SubParsersAction, name: str, summary: str, e
 def grid_flags(p: argparse.ArgumentParser) -> None:
     """Which weights are quantized, and how."""
     p.add_argument("--grid", help=f"{GRID_HELP} ({DEFAULTS['grid']})")
+    p.add_argument("--like", type=Path, metavar="GGUF", help=LIKE_HELP)
     p.add_argument("--override", action="extend", nargs="+", metavar="PATTERN=GRID", help=OVERRIDE_HELP)
     p.add_argument("--skip", action="extend", nargs="+", metavar="REGEX", help=SKIP_HELP)
 

@@ -8,7 +8,10 @@
       - {name: gptq, ptq: {method: gptq}}
       - {name: lrqat, train: {method: lrqat, rank: 32}}
       - {name: lrqat lr 3e-3, grid: w3, seeds: [0, 1, 2], train: {method: lrqat, lr: 0.003}}
+      - {name: lrqat, grid: q4_k_m, train: {grid: q5_0, override: ["down_proj=q4_k"]}}
       - {name: auto-round, peer: peers/auto-round-w4g32}
+
+A row whose flags have a grid of their own is shown beside its `grid`, which then is only a name.
 
 A peer is a directory that a script of benchmarks/peers has left: cost.json and model/, a Hugging Face directory. It
 is looked for in OUT. Its `grid`, where given, is the one that it is shown beside: q4_k_m beside w4g32, for one.
@@ -38,7 +41,7 @@ from lrqat.jsonfile import read_json
 COMMANDS = ("train", "ptq")
 KEYS = {"grids", "seeds", "rows", *COMMANDS}
 ROW_KEYS = {"name", "grid", "seeds", "peer", *COMMANDS}
-OURS = {"model", "out", "data", "grid", "seed", "threads", "config", "json", "resume", "for"}  # not for a row to say
+OURS = {"model", "out", "data", "like", "seed", "threads", "config", "json", "resume", "for"}  # not for a row to say
 SPENT = ("seconds", "cpu_seconds", "peak_memory_gb", "machine")
 COST = ("tool", "version", "method", "grid", "settings", "bits_per_weight", "megabytes", *SPENT)
 
@@ -49,7 +52,7 @@ class Row:
 
     Attributes:
         name: as the plan calls it; the same on all grids and seeds.
-        grid: the grid, or the one that a peer is shown beside.
+        grid: the grid, or a name that rows of several are shown beside: a peer's, or one whose flags have their own.
         command: train, ptq or peer.
         settings: keys of `lrqat train` or `lrqat ptq`; of a peer, its cost.json.
         seed: of trained rows.
@@ -178,7 +181,7 @@ def check(rows: Sequence[Row], data: Sequence[str]) -> None:
                     args = make_parser().parse_args(words)
                 if row.command == "train":
                     train_settings(args)
-                Grid.parse(row.grid)
+                Grid.parse(row.flags["grid"])
             except LrqatError as error:
                 raise LrqatError(f"{row.label}: {error}") from None
             except SystemExit:  # argparse

@@ -298,7 +298,8 @@ def execute(
     said = children.answer(ended, folder / "log.txt")
     known = [cost for cost in attempts if cost is not None]
     checkpoint = FusedCheckpoint.load(run_folder)
-    specs, counts = checkpoint.specs.values(), checkpoint.counts()
+    counts = checkpoint.counts()
+    specs = [spec for name, spec in checkpoint.specs.items() if ".layers." in name]  # not embeddings and head
     weights = sum(spec.shape[0] * spec.shape[1] for spec in specs)
     bits = sum(spec.grid.bits_per_weight(*spec.shape) * spec.shape[0] * spec.shape[1] for spec in specs)
     return {
