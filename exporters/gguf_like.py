@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 from exporters import gguf_arch
 from exporters.gguf_blocks import BLOCK_TYPES
-from exporters.gguf_read import FLOATS
+from exporters.gguf_read import FLOATS, TIED
 from lrqat.errors import LrqatError
 from lrqat.gguf_file import GgufFile
 
 DENSE = "dense"  # as --override has it
-OUTSIDE = {"token_embd.weight": "model.embed_tokens", "output.weight": "lm_head"}
 
 
 def grids_like(path: Path, config: Mapping[str, object]) -> tuple[str, list[str]]:
@@ -42,18 +41,20 @@ def grids_like(path: Path, config: Mapping[str, object]) -> tuple[str, list[str]
     theirs, own = _said(gguf_arch.architecture_of(file)), _said(ours)
     if theirs != own:
         raise LrqatError(f"--like {path}: a file of {theirs}, the model has {own}; name a file of this very model")
+    names = ours.names()
+    outside = [
+        f"re:{re.escape(names[gguf][0].removesuffix('.weight'))}$={grid}"
+        for gguf in ("token_embd.weight", TIED)
+        if gguf in file.tensors and (grid := _grid(file, gguf)) != DENSE
+    ]
     weights: Counter[str] = Counter()
-    outside: list[str] = []
-    grids: dict[str, dict[int, str]] = {}
-    for gguf, module in OUTSIDE.items():
-        if gguf in file.tensors and (grid := _grid(file, gguf)) != DENSE:
-            outside.append(f"re:{re.escape(module)}$={grid}")
+    holders: dict[tuple[str, str], list[int]] = defaultdict(list)  # module and grid -> blocks
     for module, gguf in ours.family.modules.items():
         for block in range(ours.blocks):
             name = f"blk.{block}.{gguf}.weight"
             if name in file.tensors and len(file.tensors[name].shape) > 1:
                 grid = _grid(file, name)
-                grids.setdefault(module, {})[block] = grid
+                holders[module, grid].append(block)
                 weights[grid] += math.prod(file.tensors[name].shape)
     del weights[DENSE]
     if not weights:
@@ -61,8 +62,7 @@ def grids_like(path: Path, config: Mapping[str, object]) -> tuple[str, list[str]
     default = weights.most_common(1)[0][0]
     overrides = [
         f"re:model\\.layers\\.{_layers(blocks, ours.blocks)}\\.{_escaped(module)}$={grid}"
-        for module, of in grids.items()
-        for grid, blocks in _by_grid(of).items()
+        for (module, grid), blocks in holders.items()
         if grid != default
     ]
     return default, outside + overrides
@@ -83,14 +83,6 @@ def _grid(file: GgufFile, name: str) -> str:
         known = ", ".join(block.name for block in BLOCK_TYPES.values())
         raise LrqatError(f"--like {file.path}: {name} has ggml type {kind}; lrqat trains on {known}")
     return str(BLOCK_TYPES[kind].grid)
-
-
-def _by_grid(grids: Mapping[int, str]) -> dict[str, list[int]]:
-    """Grid -> the blocks that have it."""
-    found: dict[str, list[int]] = {}
-    for block, grid in grids.items():
-        found.setdefault(grid, []).append(block)
-    return found
 
 
 def _layers(blocks: list[int], count: int) -> str:

@@ -14,7 +14,7 @@
 A row whose flags have a grid of their own is shown beside its `grid`, which then is only a name.
 
 A peer is a directory that a script of benchmarks/peers has left: cost.json and model/, a Hugging Face directory. It
-is looked for in OUT. Its `grid`, where given, is the one that it is shown beside: q4_k_m beside w4g32, for one.
+is looked for in OUT. Its `grid`, where given, is the one that it is shown beside: q2_k beside w4g32, for one.
 Rows are refused before the first is run, if `lrqat` would not take their flags.
 """
 
