@@ -135,8 +135,13 @@ class Grid(ABC):
         """The parts after training: start * gain in wire values, straight-through; gains are shaped as their parts."""
 
     @abstractmethod
-    def scaled(self, parts: Parts, share: float) -> dict[str, Tensor]:
-        """Parts for `share` times the weight, float32, in wire values: its codes under these are that product."""
+    def scaled(self, parts: Parts, share: float | Tensor) -> dict[str, Tensor]:
+        """Parts for `share` times the weight, float32, in wire values: its codes under these are that product.
+
+        Args:
+            parts: float32.
+            share: of all, or of each number [O, X] of the first part that learns and of all columns beneath it.
+        """
 
     @abstractmethod
     def nearest(self, x: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class AffineGrid(EvenGrid):
             parts["zeros"] = to_integer(zeros, 0, self.codes - 1)
         return parts
 
-    def scaled(self, parts: Parts, share: float) -> dict[str, Tensor]:
+    def scaled(self, parts: Parts, share: float | Tensor) -> dict[str, Tensor]:
         """Scales and minimums; zeros are codes."""
         found = {**parts, "scales": self.wire(parts["scales"] * share)}
         if "minimums" in parts:

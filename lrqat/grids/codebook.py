@@ -123,9 +123,9 @@ class CodebookGrid(Grid):
         exponents = start["exponents"] + gains["exponents"].clamp_min(2.0**-8).log2()
         return {"exponents": through(exponents, exponents.detach().round().clamp_(*EXPONENTS))}
 
-    def scaled(self, parts: Parts, share: float) -> dict[str, Tensor]:
+    def scaled(self, parts: Parts, share: float | Tensor) -> dict[str, Tensor]:
         """The scale, as by a gain; a power of two goes to the nearest one."""
-        return self.learn(parts, {name: torch.full_like(parts[name], share) for name in self.learned})
+        return self.learn(parts, {name: torch.ones_like(parts[name]) * share for name in self.learned})
 
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest entries of the table."""

@@ -143,7 +143,7 @@ class KGrid(EvenGrid):
             parts["sub_minimums"] = to_integer(start["sub_minimums"] * gains["sub_minimums"], low, high)
         return parts
 
-    def scaled(self, parts: Parts, share: float) -> dict[str, Tensor]:
+    def scaled(self, parts: Parts, share: float | Tensor) -> dict[str, Tensor]:
         """d and dmin."""
         found = {**parts, "super_scales": to_wire(parts["super_scales"] * share, "fp16")}
         if self.minimums:

@@ -15,6 +15,7 @@ Inputs that never fire come last and do not count.
 
 Decoder layers come one after the other, and inside of them one input after the other. What is rounded is not W, but the
 weight that gives the full-precision model's outputs behind all that has been rounded before (`lrqat.starts.targets`).
+Behind the pass over its columns, codes and ranges descend to a minimum (`lrqat.starts.descent`).
 Memory is the model, one decoder layer twice more, two sets of hidden states, and up to five [I, I] of one input;
 matrices that share their input (q, k, v) share them. Experts in 3-D parameters, the head and the embeddings are left to
 the range search.
@@ -38,6 +39,7 @@ from lrqat.plan import Plan
 from lrqat.ranges import row_tiles, start
 from lrqat.sites import LINEAR, Site
 from lrqat.starts.codes import Start, rounded, start_from
+from lrqat.starts.descent import descend
 from lrqat.starts.stages import halves, holding
 from lrqat.starts.targets import check_finite, gather
 from lrqat.starts.walk import Walk
@@ -131,7 +133,9 @@ def gptq_layer(
             for path, module in stage.modules.items():
                 name, weight_OI = sites[path].name, module.weight.data
                 target_OI = sums[path].target(weight_OI).to(weight_OI.dtype)
-                fused = gptq(target_OI, sums[path].hessian_II, plan.grids[name], p, damp=damp, name=name)
+                hessian_II = sums[path].hessian_II
+                fused = gptq(target_OI, hessian_II, plan.grids[name], p, damp=damp, name=name)
+                fused = descend(target_OI, hessian_II, fused, damp)
                 found[name] = start_from(target_OI, fused, name)
                 done[module] = fused.dequantize().to(weight_OI)
         if not half.stages:
