@@ -25,7 +25,7 @@ TURNS = 2  # ranges, then codes
 SWEEPS = 2  # over all columns, a turn
 SHARES = (0.5, 2.0)  # of a range; further off, A knows too little of it
 RIDGE = 1e-4  # share of the mean of diag A
-AT_ONCE = 1 << 22  # numbers of a float32 temporary
+AT_ONCE = 1 << 24  # numbers of a float32 temporary
 
 
 @torch.no_grad()
@@ -89,16 +89,21 @@ def with_ranges(
 
 def best_shares(value_KI: Tensor, pull_KI: Tensor, damped_II: Tensor, ranges: int) -> Tensor:
     """t [K, G]: by how much each of a row's ranges is to grow, before the wire."""
-    rows, columns = value_KI.shape
+    columns = value_KI.shape[1]
     width = columns // ranges
-    products_KGG = value_KI.new_empty(rows, ranges, ranges)
-    for g in range(ranges):
-        own = slice(g * width, (g + 1) * width)
-        products_KGG[:, g] = (value_KI[:, own] @ damped_II[own]).mul_(value_KI).view(rows, ranges, width).sum(2)
-    diagonal_KG = products_KGG.diagonal(dim1=1, dim2=2)
-    diagonal_KG += RIDGE * diagonal_KG.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
-    wanted_KG = (pull_KI * value_KI).view(rows, ranges, width).sum(2)
-    return (1 + torch.linalg.solve(products_KGG, wanted_KG)).clamp_(*SHARES)
+    wanted_KG = (pull_KI * value_KI).unflatten(1, (ranges, width)).sum(2)
+    found = []
+    for tile in row_tiles(len(value_KI), ranges * ranges, AT_ONCE):
+        value_LI = value_KI[tile]
+        products_LGG = value_LI.new_empty(len(value_LI), ranges, ranges)
+        for g in range(ranges):
+            own = slice(g * width, (g + 1) * width)
+            seen_LI = (value_LI[:, own] @ damped_II[own]).mul_(value_LI)
+            products_LGG[:, g] = seen_LI.unflatten(1, (ranges, width)).sum(2)
+        diagonal_LG = products_LGG.diagonal(dim1=1, dim2=2)
+        diagonal_LG += RIDGE * diagonal_LG.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
+        found.append(torch.linalg.solve(products_LGG, wanted_KG[tile]))
+    return (1 + torch.cat(found)).clamp_(*SHARES)
 
 
 def sweep(levels_KI: Tensor, pull_KI: Tensor, damped_II: Tensor, grid: Grid, parts: Parts) -> int:

@@ -128,8 +128,8 @@ def test_silent_inputs_zero_groups_and_no_inputs_at_all_are_survived(spelling: s
 
 def test_tiles_of_rows_give_what_all_rows_give(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI, hessian_II = problem()
-    fused = gptq(weight_OI, hessian_II, Grid.parse("w4g32"), 2.0)
+    fused = gptq(weight_OI, hessian_II, Grid.parse("w4g8"), 2.0)
     whole = descend(weight_OI, hessian_II, fused, DAMP)
-    monkeypatch.setattr("lrqat.starts.descent.AT_ONCE", 5 * COLUMNS)
+    monkeypatch.setattr("lrqat.starts.descent.AT_ONCE", 5 * COLUMNS)  # five rows, and one of 32 x 32 products
     tiled: FusedTensor = descend(weight_OI, hessian_II, fused, DAMP)
     assert (whole.codes_OI != tiled.codes_OI).float().mean() < 0.01  # products of fewer rows add in another order
