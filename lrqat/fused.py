@@ -23,7 +23,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -88,6 +88,12 @@ class FusedTensor:
     def rows(self, rows: slice) -> FusedTensor:
         """Some rows of it."""
         return FusedTensor(self.codes_OI[rows], {name: part[rows] for name, part in self.parts.items()}, self.grid)
+
+    @classmethod
+    def stacked(cls, tiles: Sequence[FusedTensor]) -> FusedTensor:
+        """What `rows` has taken apart."""
+        parts = {name: torch.cat([tile.parts[name] for tile in tiles]) for name in tiles[0].parts}
+        return cls(torch.cat([tile.codes_OI for tile in tiles]), parts, tiles[0].grid)
 
     def sha256(self) -> str:
         """Hash over the bytes of codes and parts, in the grid's order."""

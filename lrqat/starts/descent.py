@@ -20,6 +20,7 @@ from torch import Tensor
 from lrqat.fused import FusedTensor
 from lrqat.grid import Grid, Parts, dequantize
 from lrqat.ranges import row_tiles
+from lrqat.starts.targets import mean_firing
 
 TURNS = 2  # ranges, then codes
 SWEEPS = 2  # over all columns, a turn
@@ -38,34 +39,27 @@ def descend(weight_OI: Tensor, hessian_II: Tensor, fused: FusedTensor, damp: flo
         fused: what it was rounded to.
         damp: share of the mean of diag H, of inputs that fire, that is added to it.
     """
-    grid, (rows, columns) = fused.grid, weight_OI.shape
     damped_II = hessian_II.clone()
-    diagonal_I = damped_II.diagonal()
-    diagonal_I += damp * diagonal_I.sum() / (diagonal_I > 0).sum().clamp_min(1)
-    if not (diagonal_I > 0).all():
+    damped_II.diagonal().add_(damp * mean_firing(hessian_II))
+    if not (damped_II.diagonal() > 0).all():  # no input fires
         return fused
-    codes, parts = [], []
-    for tile in row_tiles(rows, columns, AT_ONCE):
-        begun = {name: part[tile].to(weight_OI.device, torch.float32) for name, part in fused.parts.items()}
-        levels_KI, found = rows_descended(
-            weight_OI[tile].float(), grid.decode(fused.codes_OI[tile].to(weight_OI.device)), damped_II, grid, begun
-        )
-        codes.append(grid.encode(levels_KI))
-        parts.append(found)
-    whole = {name: torch.cat([each[name] for each in parts]) for name in parts[0]}
-    return FusedTensor.make(torch.cat(codes), whole, grid)
+    rows, columns = weight_OI.shape
+    tiles = row_tiles(rows, columns, AT_ONCE)
+    return FusedTensor.stacked([rows_descended(weight_OI[tile].float(), damped_II, fused.rows(tile)) for tile in tiles])
 
 
-def rows_descended(
-    weight_KI: Tensor, levels_KI: Tensor, damped_II: Tensor, grid: Grid, parts: Parts
-) -> tuple[Tensor, Parts]:
-    """(levels, parts) of some rows; `levels_KI` is overwritten."""
+def rows_descended(weight_KI: Tensor, damped_II: Tensor, fused: FusedTensor) -> FusedTensor:
+    """`descend`, of some rows."""
+    grid, device = fused.grid, weight_KI.device
+    levels_KI = grid.decode(fused.codes_OI.to(device))
+    parts: Parts = {name: part.to(device, torch.float32) for name, part in fused.parts.items()}
     for _ in range(TURNS):
         parts, pull_KI = with_ranges(weight_KI, levels_KI, damped_II, grid, parts)
         for _ in range(SWEEPS):
             if not sweep(levels_KI, pull_KI, damped_II, grid, parts):
                 break
-    return levels_KI, with_ranges(weight_KI, levels_KI, damped_II, grid, parts)[0]
+    parts, _ = with_ranges(weight_KI, levels_KI, damped_II, grid, parts)
+    return FusedTensor.make(grid.encode(levels_KI), parts, grid)
 
 
 def with_ranges(

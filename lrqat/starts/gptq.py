@@ -15,7 +15,7 @@ Inputs that never fire come last and do not count.
 
 Decoder layers come one after the other, and inside of them one input after the other. What is rounded is not W, but the
 weight that gives the full-precision model's outputs behind all that has been rounded before (`lrqat.starts.targets`).
-Behind the pass over its columns, codes and ranges descend to a minimum (`lrqat.starts.descent`).
+Behind the pass over its columns, codes and ranges descend further (`lrqat.starts.descent`).
 Memory is the model, one decoder layer twice more, two sets of hidden states, and up to five [I, I] of one input;
 matrices that share their input (q, k, v) share them. Experts in 3-D parameters, the head and the embeddings are left to
 the range search.
@@ -41,7 +41,7 @@ from lrqat.sites import LINEAR, Site
 from lrqat.starts.codes import Start, rounded, start_from
 from lrqat.starts.descent import descend
 from lrqat.starts.stages import halves, holding
-from lrqat.starts.targets import check_finite, gather
+from lrqat.starts.targets import check_finite, gather, mean_firing
 from lrqat.starts.walk import Walk
 
 BLOCK = 128
@@ -63,7 +63,7 @@ def gptq_model(
 ) -> dict[str, dict[str, Tensor]]:
     """Put W' (`lrqat.starts.codes`) in the place of the planned linear weights; returns their parts by site name.
 
-    Rounding the weights that are left in the model with these parts gives GPTQ's codes.
+    Rounding the weights that are left in the model with these parts gives the codes.
 
     Args:
         model: the full-precision model; what needs its outputs (a teacher) must have had them before.
@@ -197,14 +197,12 @@ def gptq(
     order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
     live = int((hessian_II.diagonal() > 0).sum())
     factor_II, back_I = inverse_factor(hessian_II[order_I][:, order_I], damp, name), order_I.argsort()
-    codes, parts = [], []
+    tiles = []
     for tile in row_tiles(rows, columns, AT_ONCE // len(RANGES)):
         begun = start(weight_OI[tile], grid, p, name)
         levels_KI, found = in_best_range(weight_OI[tile].float(), order_I, live, factor_II, grid, begun)
-        codes.append(grid.encode(levels_KI[:, back_I]))
-        parts.append(found)
-    whole = {part: torch.cat([each[part] for each in parts]) for part in parts[0]}
-    return FusedTensor.make(torch.cat(codes), whole, grid)
+        tiles.append(FusedTensor.make(grid.encode(levels_KI[:, back_I]), found, grid))
+    return FusedTensor.stacked(tiles)
 
 
 def in_best_range(
@@ -253,9 +251,8 @@ def inverse_factor(hessian_II: Tensor, damp: float, name: str) -> Tensor:
     check_finite(hessian_II, name)
     hessian_II = hessian_II.clone()
     diagonal_I = hessian_II.diagonal()
-    silent_I = diagonal_I == 0
-    mean = diagonal_I.sum() / (~silent_I).sum().clamp_min(1)
-    diagonal_I[silent_I] = mean if mean > 0 else 1.0
+    mean = mean_firing(hessian_II)
+    diagonal_I[diagonal_I == 0] = mean if mean > 0 else 1.0
     for more in (damp, 9 * damp, 90 * damp):
         diagonal_I += more * mean
         lower_II, failed = torch.linalg.cholesky_ex(hessian_II)

@@ -106,6 +106,12 @@ def regression(hessian_II: Tensor, missed_KI: Tensor, ridge: float, name: str) -
     return None if failed else torch.cholesky_solve(missed_KI.T, lower_II).T.contiguous()
 
 
+def mean_firing(hessian_II: Tensor) -> Tensor:
+    """The mean of diag H over inputs that fire; zero where none does."""
+    diagonal_I = hessian_II.diagonal()
+    return diagonal_I.sum() / (diagonal_I > 0).sum().clamp_min(1)
+
+
 def check_finite(sums: Tensor, name: str) -> None:
     """Refuse sums of inputs that have overflowed."""
     if not sums.isfinite().all():

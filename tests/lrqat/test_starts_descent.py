@@ -93,9 +93,8 @@ def test_ranges_are_those_of_the_normal_equations(spelling: str) -> None:
     for row, value_I in enumerate(value_OI.double()):  # min |(w - sum t_g w^_g) R^T|^2
         groups_GI = torch.block_diag(*value_I.view(ranges, -1))
         t_G = torch.linalg.lstsq(root_II @ groups_GI.T, root_II @ weight_OI[row].double()).solution
-        assert torch.allclose(
-            found_OG[row].double(), t_G, atol=2e-3
-        )  # RIDGE draws them to 1 by 1e-4 of what they are off
+        # RIDGE draws them to 1 by 1e-4 of what they are off.
+        assert torch.allclose(found_OG[row].double(), t_G, atol=2e-3)
 
 
 def test_ranges_that_the_wire_cannot_store_leave_a_row_its_own() -> None:
