@@ -1,4 +1,4 @@
-"""The `lrqat` command: train, ptq, plan, eval, zeroshot, report, export, import, formats."""
+"""The `lrqat` command: train, ptq, plan, generate, eval, zeroshot, report, export, import, formats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from exporters.commands import TARGETS_HELP, formats_flags, grid_for, import_flags, take_like
 from lrqat.command import common_flags, run, set_threads, show, with_recipe
-from lrqat.commands import KV_HELP, MODEL_HELP, eval_flags, zeroshot_flags
+from lrqat.commands import KV_HELP, MODEL_HELP, eval_flags, generate_flags, zeroshot_flags
 from lrqat.errors import LrqatError
 from lrqat.planning import plan_flags
 from lrqat.ranks import count, rank
@@ -85,6 +85,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     grid_flags(plan_parser)
     plan_flags(plan_parser)
+    generate_flags(
+        add_command(
+            commands,
+            "generate",
+            "text of the model's own to calibrate and train it with, beside or in place of yours",
+            "lrqat generate HuggingFaceTB/SmolLM2-135M --out own.jsonl && lrqat train ... --data own.jsonl corpus.txt",
+        )
+    )
     eval_flags(
         add_command(
             commands,

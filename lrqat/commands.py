@@ -1,4 +1,4 @@
-"""The commands of `lrqat` that judge a model: `eval` and `zeroshot`."""
+"""The commands of `lrqat` that run a model as it is: `eval`, `zeroshot` and `generate`."""
 
 from __future__ import annotations
 
@@ -94,4 +94,35 @@ def zeroshot_command(args: argparse.Namespace) -> int:
     if args.out:
         write_json(args.out, result)
     print(json.dumps(result) if args.json else zeroshot.as_text(table, mean))
+    return 0
+
+
+def generate_flags(p: argparse.ArgumentParser) -> None:
+    """Flags of `lrqat generate`."""
+    p.add_argument("model", help=f"a fused checkpoint, {MODEL_HELP}")
+    p.add_argument("--out", required=True, type=Path, metavar="JSONL", help="the file, for --data")
+    p.add_argument("--tokens", type=int, default=200_000, help="how many to draw, at least (200000)")
+    p.add_argument("--length", type=int, default=192, help="tokens of a sequence (192)")
+    p.add_argument("--batch-size", type=int, default=128, help="sequences at a time (128)")
+    p.add_argument("--temperature", type=float, default=1.0, help="1 draws from the model's own distribution (1)")
+    p.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the computation (bfloat16)")
+    p.set_defaults(body=generate_command)
+
+
+def generate_command(args: argparse.Namespace) -> int:
+    """Body of `lrqat generate`."""
+    from lrqat.generate import generate_corpus
+
+    found = generate_corpus(
+        args.model,
+        args.out.expanduser(),
+        tokens=args.tokens,
+        length=args.length,
+        batch_size=args.batch_size,
+        temperature=args.temperature,
+        seed=args.seed,
+        dtype=args.dtype,
+    )
+    show(found, args.json)
     return 0

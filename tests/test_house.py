@@ -139,7 +139,7 @@ def test_the_rule_forbids_what_it_is_for() -> None:
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        ("lrqat.cli", [[], ["train"], ["ptq"], ["eval"], ["zeroshot"], ["report"], ["plan"]]),
+        ("lrqat.cli", [[], ["train"], ["ptq"], ["eval"], ["zeroshot"], ["report"], ["plan"], ["generate"]]),
         ("lrqat.cli", [["export"], ["import"], ["formats"]]),
         ("exporters.cli", [[]]),
         ("serve.parity_cli", [[]]),
