@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lrqat.command import show
-from lrqat.errors import LrqatError
+from lrqat.errors import LrqatError, at_least
 
 TARGETS_HELP = (
     "check before training that these take the result: gguf, gptq, awq, compressed-tensors, llama.cpp, vllm-cpu, "
@@ -114,8 +114,7 @@ def formats_command(args: argparse.Namespace) -> int:
     from exporters import matrix
     from lrqat.grid import Grid
 
-    if args.tensor_parallel < 1:
-        raise LrqatError(f"--tensor-parallel: expected at least 1, got {args.tensor_parallel}")
+    at_least("--tensor-parallel", args.tensor_parallel, 1)
     if not args.model and (args.override or args.skip):
         raise LrqatError("--override, --skip: are about a model's weights; name it with --model")
     if args.model:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from lrqat.command import show
-from lrqat.errors import LrqatError
+from lrqat.errors import LrqatError, at_least
 from lrqat.jsonfile import write_json
 from lrqat.settings import ACTIVATIONS, DTYPES, KV, NONE
 
@@ -75,9 +75,8 @@ def zeroshot_command(args: argparse.Namespace) -> int:
     from lrqat import zeroshot, zeroshot_here, zeroshot_server
 
     wanted = zeroshot.parse_tasks(args.tasks)
-    for name, value, least in (("limit", args.limit, 2), ("batch-size", args.batch_size, 1)):
-        if value is not None and value < least:
-            raise LrqatError(f"--{name}: expected at least {least}, got {value}")
+    at_least("--limit", args.limit, 2)
+    at_least("--batch-size", args.batch_size, 1)
     if args.server and (args.activations or args.kv):
         raise LrqatError("--activations, --kv: a server rounds what it rounds; leave them out")
     zeroshot.check_installed()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lrqat.console import bar, log
-from lrqat.errors import LrqatError
+from lrqat.errors import LrqatError, at_least
 from lrqat.evaluate import load_any
 from lrqat.jsonfile import write_text
 
@@ -44,9 +44,9 @@ def generate_corpus(
     Raises:
         LrqatError: a number out of its range, no folder for the file, or a tokenizer without a first token.
     """
-    for name, value, least in (("tokens", tokens, 1), ("length", length, SHORTEST), ("batch-size", batch_size, 1)):
-        if value < least:
-            raise LrqatError(f"--{name}: expected at least {least}, got {value}")
+    at_least("--tokens", tokens, 1)
+    at_least("--length", length, SHORTEST)
+    at_least("--batch-size", batch_size, 1)
     if not 0 < temperature < float("inf"):
         raise LrqatError(f"--temperature: expected more than 0, got {temperature}")
     if not out.parent.is_dir() or out.is_dir():
@@ -82,7 +82,6 @@ def beginning(tokenizer: Any, source: str) -> int:
     raise LrqatError(f"{source}: its tokenizer has no token that begins or ends a text; use --data of yours")
 
 
-@torch.inference_mode()
 def draw(model: Any, first: int, count: int, length: int, temperature: float) -> list[list[int]]:
     """Sequences of `length` token ids, by chance alone: no token is left out, and none ends one."""
     start_B1 = torch.full((count, 1), first, device=model.device)

@@ -55,7 +55,7 @@ import numpy as np
 
 from lrqat import client
 from lrqat.console import log
-from lrqat.errors import LrqatError
+from lrqat.errors import LrqatError, at_least
 from serve import meter
 from serve.certificate import file_hashes, machine
 from serve.launch import examine, has_cuda
@@ -108,8 +108,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least in (("prompt_tokens", SHORT_PROMPT), ("generated_tokens", 2), ("rounds", 1), ("sittings", 1)):
-            if (value := getattr(self, name)) < least:
-                raise LrqatError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+            at_least(f"--{name.replace('_', '-')}", getattr(self, name), least)
 
     @property
     def context(self) -> int:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from lrqat.errors import LrqatError
+from lrqat.errors import LrqatError, at_least
 from serve.launch import examine, llamacpp_command, reason, vllm_command
 from serve.leash import hold, kill_session
 
@@ -175,9 +175,8 @@ def start(
     """
     exported = Path(exported)
     runtime, chat = examine(exported, runtime, dense=dense)
-    for name, value in (("threads", threads), ("ctx", ctx)):
-        if value is not None and value < 1:
-            raise LrqatError(f"--{name}: expected at least 1, got {value}")
+    at_least("--threads", threads, 1)
+    at_least("--ctx", ctx, 1)
     for name, choice in (("python", python), ("dtype", dtype)):
         if choice is not None and runtime != "vllm":
             raise LrqatError(f"--{name}: {exported} is served by llama.cpp, which has no such choice; leave it out")
