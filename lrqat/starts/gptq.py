@@ -15,10 +15,12 @@ Inputs that never fire come last and do not count.
 
 Decoder layers come one after the other, and inside of them one input after the other. What is rounded is not W, but the
 weight that gives the full-precision model's outputs behind all that has been rounded before (`lrqat.starts.targets`).
-Behind the pass over its columns, codes and ranges descend further (`lrqat.starts.descent`).
-Memory is the model, one decoder layer twice more, two sets of hidden states, and up to five [I, I] of one input;
-matrices that share their input (q, k, v) share them. Experts in 3-D parameters, the head and the embeddings are left to
-the range search.
+Behind the pass over its columns, codes and ranges descend further (`lrqat.starts.descent`). What attention reads (q, k,
+v) has another H, which tells what attention makes of an error, and one of outputs beside it (`lrqat.starts.felt`), with
+which it is rounded once more (`lrqat.starts.two_sided`).
+Memory is the model, one decoder layer twice more, two sets of hidden states, and up to five [I, I] of one input, shared
+by matrices that share it; or two, and one more beside [O, O] for each of q, k, v. Experts in 3-D parameters, the head
+and the embeddings are left to the range search.
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ from torch import Tensor, nn
 
 from lrqat import kept
 from lrqat.console import bar
-from lrqat.errors import LrqatError
 from lrqat.fused import FusedTensor
 from lrqat.grid import Grid, Parts
 from lrqat.plan import Plan
@@ -40,8 +41,11 @@ from lrqat.ranges import row_tiles, start
 from lrqat.sites import LINEAR, Site
 from lrqat.starts.codes import Start, rounded, start_from
 from lrqat.starts.descent import descend
+from lrqat.starts.factor import inverse_factor
+from lrqat.starts.felt import felt
 from lrqat.starts.stages import halves, holding
-from lrqat.starts.targets import check_finite, gather, mean_firing
+from lrqat.starts.targets import gather
+from lrqat.starts.two_sided import two_sided
 from lrqat.starts.walk import Walk
 
 BLOCK = 128
@@ -130,12 +134,18 @@ def gptq_layer(
     for half in both:
         for stage in half.stages:
             sums = gather(half, stage, x_NTH, y_NTH, done, last=stage is half.stages[-1])
+            behind = {}
+            if half.end is not None and stage.whole and stage.stream is None:  # what attention reads
+                path = next(iter(stage.modules))
+                behind = felt(half, stage, x_NTH, inverse_factor(sums[path].hessian_II, damp, path))
             for path, module in stage.modules.items():
                 name, weight_OI = sites[path].name, module.weight.data
                 target_OI = sums[path].target(weight_OI).to(weight_OI.dtype)
-                hessian_II = sums[path].hessian_II
+                hessian_II = behind[path].inputs_II if path in behind else sums[path].hessian_II
                 fused = gptq(target_OI, hessian_II, plan.grids[name], p, damp=damp, name=name)
                 fused = descend(target_OI, hessian_II, fused, damp)
+                if path in behind:
+                    fused = two_sided(target_OI, behind[path], fused, damp, name)
                 found[name] = start_from(target_OI, fused, name)
                 done[module] = fused.dequantize().to(weight_OI)
         if not half.stages:
@@ -244,21 +254,3 @@ def by_columns(
         cost_O += errors_KO[: max(0, live - first)].square().sum(0)
         rest_IO[end:].addmm_(factor_II[first:end, end:].T, errors_KO, alpha=-1)
     return levels_IO, cost_O
-
-
-def inverse_factor(hessian_II: Tensor, damp: float, name: str) -> Tensor:
-    """U with U^T U = (H + damp mean(diag H))^-1; more damping where float32 needs it. Means are of inputs that fire."""
-    check_finite(hessian_II, name)
-    hessian_II = hessian_II.clone()
-    diagonal_I = hessian_II.diagonal()
-    mean = mean_firing(hessian_II)
-    diagonal_I[diagonal_I == 0] = mean if mean > 0 else 1.0
-    for more in (damp, 9 * damp, 90 * damp):
-        diagonal_I += more * mean
-        lower_II, failed = torch.linalg.cholesky_ex(hessian_II)
-        if not failed:
-            upper_II: Tensor
-            upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-            if not failed:
-                return upper_II
-    raise LrqatError(f"{name}: the calibration inputs' products have no inverse; give more --data")

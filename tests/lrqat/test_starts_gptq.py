@@ -22,7 +22,8 @@ from lrqat.methods.scales import Scales
 from lrqat.plan import Plan, plan
 from lrqat.ranges import start
 from lrqat.starts.codes import from_fused, rounded, start_from
-from lrqat.starts.gptq import DAMP, by_columns, gptq, gptq_model, inverse_factor
+from lrqat.starts.factor import inverse_factor
+from lrqat.starts.gptq import DAMP, by_columns, gptq, gptq_model
 from lrqat.starts.walk import Walk
 
 ROWS, COLUMNS = 24, 256
