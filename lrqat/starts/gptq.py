@@ -15,9 +15,10 @@ Inputs that never fire come last and do not count.
 
 Decoder layers come one after the other, and inside of them one input after the other. What is rounded is not W, but the
 weight that gives the full-precision model's outputs behind all that has been rounded before (`lrqat.starts.targets`).
-Behind the pass over its columns, codes and ranges descend further (`lrqat.starts.descent`). What attention reads (q, k,
-v) has another H, which tells what attention makes of an error, and one of outputs beside it (`lrqat.starts.felt`), with
-which it is rounded once more (`lrqat.starts.two_sided`).
+Behind the pass over its columns, codes and ranges descend further (`lrqat.starts.descent`). Where attention's
+output is just added to the residual stream, what attention reads (q, k, v) has another H, which tells what becomes of
+an error there, and one of outputs beside it (`lrqat.starts.felt`), with which it is rounded once more
+(`lrqat.starts.two_sided`).
 Memory is the model, one decoder layer twice more, two sets of hidden states, and up to five [I, I] of one input, shared
 by matrices that share it; or two, and one more beside [O, O] for each of q, k, v. Experts in 3-D parameters, the head
 and the embeddings are left to the range search.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama import modeling_llama
 
 from lrqat.assign import Assignment
 from lrqat.block_ap import relative_error
@@ -18,7 +19,7 @@ from lrqat.plan import plan
 from lrqat.starts import gptq
 from lrqat.starts.codes import rounded
 from lrqat.starts.factor import inverse_factor
-from lrqat.starts.felt import felt, gradients
+from lrqat.starts.felt import DRAWS, felt, gradients
 from lrqat.starts.gptq import DAMP, gptq_layer, layer_sites, module_path
 from lrqat.starts.stages import Half, Stage, halves
 from lrqat.starts.targets import gather
@@ -28,11 +29,11 @@ SMALL = 1e-3  # a change; norms and softmax are float32 inside, whose 6e-8 is to
 MODELS = ["llama", "qwen3", "phi3"]
 
 
-def tiny(model_type: str) -> Any:
+def tiny(model_type: str, **options: Any) -> Any:
     """Float64: differences are to be exact."""
     config = AutoConfig.for_model(
         model_type, vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -66,7 +67,7 @@ def changed(half: Half, module: Any, change_OI: Tensor, x_1TH: Tensor) -> Tensor
 def test_the_gradient_tells_what_a_change_does_to_what_leaves_attention(model_type: str) -> None:
     half, stage, states_NTH = attention(tiny(model_type))
     assert len(stage.modules) == (1 if model_type == "phi3" else 3)
-    found = gradients(half, stage, states_NTH[:1], torch.Generator().manual_seed(7))
+    (found,) = gradients(half, stage, states_NTH[:1], torch.Generator().manual_seed(7))
     noise_1TH = torch.randn(states_NTH[:1].shape, generator=torch.Generator().manual_seed(7)).double()
     for path, module in stage.modules.items():
         assert found[path].dtype == torch.float32 and found[path].shape == module.weight.shape
@@ -80,10 +81,10 @@ def test_its_square_is_the_changes_on_average() -> None:
     half, stage, states_NTH = attention(tiny("llama"))
     path, module = next(iter(stage.modules.items()))
     change_OI = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(1)).double()
-    generator, draws = torch.Generator().manual_seed(0), 400
+    generator, draws = torch.Generator().manual_seed(0), 2000
     squares = [
-        (gradients(half, stage, states_NTH[:1], generator)[path].double() * change_OI).sum().square()
-        for _ in range(draws)
+        (found[path].double() * change_OI).sum().square()
+        for found in gradients(half, stage, states_NTH[:1], generator, draws)
     ]
     expected = changed(half, module, change_OI, states_NTH[:1]).square().sum()
     # a chi-square of one degree: deviation sqrt(2 / draws) of the mean
@@ -99,7 +100,8 @@ def test_factors_are_means_of_the_gradients_products(model_type: str) -> None:
     found = felt(half, stage, x_NTH, factor_II)
     assert torch.equal(x_NTH, states_NTH) and found.keys() == stage.modules.keys()
     generator = torch.Generator().manual_seed(0)
-    each = [gradients(half, stage, x_TH[None], generator) for x_TH in x_NTH]
+    each = [found for x_TH in x_NTH for found in gradients(half, stage, x_TH[None], generator, DRAWS // len(x_NTH))]
+    assert len(each) == DRAWS
     inverse_II = torch.linalg.inv((hessian_II + DAMP * hessian_II.diagonal().mean() * torch.eye(48)).double())
     for path in stage.modules:
         g_NOI = torch.stack([one[path] for one in each]).double()
@@ -108,6 +110,24 @@ def test_factors_are_means_of_the_gradients_products(model_type: str) -> None:
         for own, expected in zip(found[path], (inputs_II, outputs_OO), strict=True):
             assert own.dtype == torch.float32
             assert (own - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_models_that_clamp_what_they_project_have_gradients_too() -> None:
+    half, stage, states_NTH = attention(tiny("olmo", clip_qkv=1.0))
+    (found,) = gradients(half, stage, states_NTH[:1], torch.Generator())
+    assert len(found) == 3 and all(gradient_OI.any() for gradient_OI in found.values())
+
+
+def test_what_no_gradient_arrives_at_is_left_to_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotary = modeling_llama.apply_rotary_pos_emb
+    half, stage, states_NTH = attention(tiny("llama"))
+    monkeypatch.setattr(
+        modeling_llama, "apply_rotary_pos_emb", lambda q, k, *more: [x.detach() for x in rotary(q, k, *more)]
+    )
+    assert [path.rpartition(".")[2] for path in felt(half, stage, states_NTH, torch.eye(48))] == ["v_proj"]
+    o_proj = half.walk.layers[1].get_submodule("self_attn.o_proj")
+    o_proj.register_forward_pre_hook(lambda _, arguments: arguments[0].detach())
+    assert not felt(half, stage, states_NTH, torch.eye(48))
 
 
 def test_layers_that_are_rounded_with_it_leave_attention_nearer(

@@ -13,9 +13,9 @@ from lrqat.grid import Grid
 from lrqat.ptq import rtn
 from lrqat.starts import two_sided as module
 from lrqat.starts.descent import descend
-from lrqat.starts.factor import unit_factor
+from lrqat.starts.factor import inverse_factor, unit_factor
 from lrqat.starts.felt import Felt
-from lrqat.starts.gptq import DAMP, by_columns, gptq, inverse_factor
+from lrqat.starts.gptq import DAMP, by_columns, gptq
 from lrqat.starts.two_sided import error, two_sided
 
 ROWS, COLUMNS = 24, 64
