@@ -39,13 +39,13 @@ SLACK = 4 << 20  # bytes: Python, page tables' rounding
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_large_blocks_that_go_back_leave_no_holes() -> None:
-    found = {}
-    for how in ("back", "kept"):
+    found: dict[str, list[int]] = {"back": [], "kept": []}
+    for how in ("back", "kept") * 3:  # addresses are random: a kept block's hole may happen to be filled
         done = subprocess.run([sys.executable, "-c", GROWTH, how], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        found[how] = int(done.stdout)
-    assert found["back"] < SLACK, found
-    assert found["kept"] > 4 * SLACK, "nothing would be gained"
+        found[how].append(int(done.stdout))
+    assert max(found["back"]) < SLACK, found
+    assert max(found["kept"]) > 4 * SLACK, "nothing would be gained"
 
 
 def test_passing_tensors_lie_in_one_place_that_grows_and_is_a_threads_own() -> None:
