@@ -1,7 +1,9 @@
-"""Triangular factors of a Hessian H [K, K]: by them an error is passed on to what is rounded later.
+"""Triangular factors of a Hessian H [K, K].
 
-U    upper,  U^T U = (H + damp mean(diag H))^-1
-M    unit upper,  M D M^T = H + damp mean(diag H):   M = U^-1 diag(U)
+    U    upper,  U^T U = (H + damp mean(diag H))^-1
+    M    unit upper,  M D M^T = H + damp mean(diag H):   M = U^-1 diag(U)
+
+By them an error is passed on to what is rounded later.
 """
 
 from __future__ import annotations

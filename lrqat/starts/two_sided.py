@@ -35,22 +35,20 @@ def two_sided(weight_OI: Tensor, felt: Felt, fused: FusedTensor, damp: float, na
     """
     grid, device = fused.grid, weight_OI.device
     rows, columns = weight_OI.shape
-    row_O, column_I = (
-        each.diagonal().argsort(descending=True, stable=True) for each in (felt.outputs_OO, felt.inputs_II)
-    )
+    column_I, row_O = (each.diagonal().argsort(descending=True, stable=True) for each in felt)
     above_OO = unit_factor(felt.outputs_OO[row_O][:, row_O], damp, name)
     before_II = unit_factor(felt.inputs_II[column_I][:, column_I], damp, name)
-    affine = grid.affine({part: values.to(device, torch.float32) for part, values in fused.parts.items()})
+    affine = grid.affine({part: values.to(device, torch.float32) for part, values in fused.parts.items()}).rows(row_O)
     group_I = column_I // grid.columns_per_group(columns)
     exact_OI = weight_OI.float()[row_O][:, column_I]
     levels_OI, errors_OI, passed_OI = (torch.zeros_like(exact_OI) for _ in range(3))  # passed: P^T E
     for r in range(0, rows, SIDE):
         here = slice(r, r + SIDE)
-        scale_RG, offset_RG = affine.scale_OG[row_O[here]], affine.offset_OG
+        scale_RG, offset_RG = affine.rows(here)
         for c in range(0, columns, SIDE):
             there = slice(c, c + SIDE)
             scale_RC = scale_RG[:, group_I[there]]
-            offset_RC = torch.zeros_like(scale_RC) if offset_RG is None else offset_RG[row_O[here]][:, group_I[there]]
+            offset_RC = torch.zeros_like(scale_RC) if offset_RG is None else offset_RG[:, group_I[there]]
             above_RC = above_OO[:r, here].T @ errors_OI[:r, there]
             before_RC = passed_OI[here, :c] @ before_II[:c, there]
             levels_RC = tile(

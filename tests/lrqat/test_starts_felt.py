@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
 from lrqat.assign import Assignment
@@ -20,36 +20,21 @@ from lrqat.starts import gptq
 from lrqat.starts.codes import rounded
 from lrqat.starts.factor import inverse_factor
 from lrqat.starts.felt import DRAWS, felt, gradients
-from lrqat.starts.gptq import DAMP, gptq_layer, layer_sites, module_path
+from lrqat.starts.gptq import DAMP, gptq_layer
 from lrqat.starts.stages import Half, Stage, halves
 from lrqat.starts.targets import gather
 from lrqat.starts.walk import Walk
+from tests.lrqat.test_starts_targets import linear, tiny, tokens
 
 SMALL = 1e-3  # a change; norms and softmax are float32 inside, whose 6e-8 is to stay small beside it
 MODELS = ["llama", "qwen3", "phi3"]
 
 
-def tiny(model_type: str, **options: Any) -> Any:
-    """Float64: differences are to be exact."""
-    config = AutoConfig.for_model(
-        model_type, vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
-        for name, parameter in model.named_parameters():
-            parameter.mul_(1 if "norm" in name else 5)
-    return model
-
-
 def attention(model: Any) -> tuple[Half, Stage, Tensor]:
     """Of the second layer: its half, the stage of q, k, v, and four blocks' states."""
-    walk = Walk(model, torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(0)))
+    walk = Walk(model, tokens())
     states_NTH = walk.run(0, walk.begin())
-    decided = plan(model, Assignment.make(Grid.parse("w4g16")))
-    paths = [module_path(site) for site in layer_sites(decided, "model.layers.1")]
-    half = halves(walk, 1, states_NTH[:1], paths)[0]
+    half = halves(walk, 1, states_NTH[:1], linear(model))[0]
     return half, half.stages[0], states_NTH
 
 
@@ -65,7 +50,7 @@ def changed(half: Half, module: Any, change_OI: Tensor, x_1TH: Tensor) -> Tensor
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_gradient_tells_what_a_change_does_to_what_leaves_attention(model_type: str) -> None:
-    half, stage, states_NTH = attention(tiny(model_type))
+    half, stage, states_NTH = attention(tiny(model_type, torch.float64))
     assert len(stage.modules) == (1 if model_type == "phi3" else 3)
     (found,) = gradients(half, stage, states_NTH[:1], torch.Generator().manual_seed(7))
     noise_1TH = torch.randn(states_NTH[:1].shape, generator=torch.Generator().manual_seed(7)).double()
@@ -78,7 +63,7 @@ def test_the_gradient_tells_what_a_change_does_to_what_leaves_attention(model_ty
 
 
 def test_its_square_is_the_changes_on_average() -> None:
-    half, stage, states_NTH = attention(tiny("llama"))
+    half, stage, states_NTH = attention(tiny("llama", torch.float64))
     path, module = next(iter(stage.modules.items()))
     change_OI = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(1)).double()
     generator, draws = torch.Generator().manual_seed(0), 2000
@@ -93,7 +78,7 @@ def test_its_square_is_the_changes_on_average() -> None:
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_factors_are_means_of_the_gradients_products(model_type: str) -> None:
-    half, stage, states_NTH = attention(tiny(model_type))
+    half, stage, states_NTH = attention(tiny(model_type, torch.float64))
     x_NTH = states_NTH.clone()
     hessian_II = next(iter(gather(half, stage, x_NTH, x_NTH, {}).values())).hessian_II
     factor_II = inverse_factor(hessian_II, DAMP, "weight")
@@ -113,14 +98,14 @@ def test_factors_are_means_of_the_gradients_products(model_type: str) -> None:
 
 
 def test_models_that_clamp_what_they_project_have_gradients_too() -> None:
-    half, stage, states_NTH = attention(tiny("olmo", clip_qkv=1.0))
+    half, stage, states_NTH = attention(tiny("olmo", torch.float64, clip_qkv=1.0))
     (found,) = gradients(half, stage, states_NTH[:1], torch.Generator())
     assert len(found) == 3 and all(gradient_OI.any() for gradient_OI in found.values())
 
 
 def test_what_no_gradient_arrives_at_is_left_to_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     rotary = modeling_llama.apply_rotary_pos_emb
-    half, stage, states_NTH = attention(tiny("llama"))
+    half, stage, states_NTH = attention(tiny("llama", torch.float64))
     monkeypatch.setattr(
         modeling_llama, "apply_rotary_pos_emb", lambda q, k, *more: [x.detach() for x in rotary(q, k, *more)]
     )

@@ -34,11 +34,11 @@ SIZES = {
 ORDER = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
-def tiny(model_type: str = "llama", **options: Any) -> Any:
+def tiny(model_type: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = AutoConfig.for_model(model_type, **{**SIZES, **options})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
         for name, parameter in model.named_parameters():
             parameter.mul_(1 if "norm" in name else 5)
     return model

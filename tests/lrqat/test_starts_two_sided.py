@@ -98,9 +98,7 @@ def test_never_errs_more_and_keeps_the_ranges(spelling: str, seed: int) -> None:
     assert error(weight_OI, after, felt) <= error(weight_OI, before, felt)
 
 
-@pytest.mark.parametrize(
-    "spelling", [spelling for spelling in GRIDS if spelling != "w2g64"]
-)  # too few codes to answer with
+@pytest.mark.parametrize("spelling", [each for each in GRIDS if each != "w2g64"])  # has few codes to make up with
 def test_errs_less_than_rows_that_do_not_know_of_each_other(spelling: str) -> None:
     errors = []
     for seed in range(8):
