@@ -42,7 +42,8 @@ class Scales(GainQuantizer):
             return self._pack(grid.encode(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))))
 
         self.register_buffer("codes", fill(*self.shape, codes), persistent=False)
-        self.register_buffer("moved_before", torch.zeros((), dtype=torch.int64), persistent=False)
+        moved_before = torch.zeros((), dtype=torch.int64, device=weight_OI.device)
+        self.register_buffer("moved_before", moved_before, persistent=False)
 
     @classmethod
     def from_fused(cls, fused: FusedTensor, device: torch.device | None = None, moved: int = 0) -> Scales:
