@@ -9,7 +9,8 @@
                   (torch's fake tensors, for which transformers expands grouped keys and builds a mask: some
                   percent too much there); with checkpointing, each layer's input and one layer's rest
     logits        chunks of the head's outputs, the student's and the teacher's
-    transient     the largest weight, built for its matrix product, and the gradients around it
+    transient     the largest weight, built for its matrix product, and the gradients around it; on a GPU a tile's
+                  temporaries, too (a core's cache holds its own)
     malloc        freed memory between what is in use, a share of all that is not frozen (measured; not on a GPU)
     process       Python, torch, transformers, the tokenizer, their libraries (measured; not on a GPU)
 
@@ -36,6 +37,7 @@ from lrqat.methods.lr_qat import LRQAT
 from lrqat.offload import frozen_bytes
 from lrqat.optimizer import moment_bytes
 from lrqat.plan import Plan
+from lrqat.ranges import GPU_TILE_WEIGHTS
 from lrqat.settings import TrainSettings
 from lrqat.sites import EXPERT, TRAINED
 from lrqat.starts.walk import decoder_layers
@@ -48,6 +50,7 @@ FROZEN = ("packed", "grid", "dense")
 BENEATH = ("lsq", "l4q")  # methods of real weights (`lrqat.methods.gains.WeightDomain`)
 FACTORED = ("lrqat", "scales")  # methods that keep outputs (`WeightQuantizer.factored`)
 BUFFERS = 3  # [T, O] around the largest weight
+TILE_BYTES = 26  # of temporaries for each weight that a GPU works on at once (counted: LR-QAT, w4g128, bfloat16)
 PROBED = (32, 160)  # tokens of the two timings
 PROBED_WEIGHTS = 1 << 21
 
@@ -99,6 +102,7 @@ def estimate(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool = Fal
         "transient": largest * dtype.itemsize + BUFFERS * tokens * widest * dtype.itemsize,
     }
     if gpu:
+        parts["transient"] += TILE_BYTES * min(largest, GPU_TILE_WEIGHTS)
         return Estimate(parts)
     changing = sum(nbytes for name, nbytes in parts.items() if name not in FROZEN)
     share = MALLOC_GIVEN_BACK if settings.gradient_checkpointing and wide(skeleton.config) else MALLOC

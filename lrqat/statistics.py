@@ -107,7 +107,7 @@ def weight_histograms(quantizer: GainQuantizer) -> dict[str, Tensor]:
         "scale_change": SCALE_CHANGE.histogram(new_OG[known] / old_OG[known] - 1),
     }
     rms = _rms(quantizer, before)
-    for rows in quantizer.tiles():
+    for rows in quantizer.tiles(now):
         both = {"before": (before.levels(rows), before.affine), "after": (quantizer.levels(rows, now), now)}
         for when, (levels_KI, affine) in both.items():
             weight_KI = dequantize(levels_KI, affine.rows(rows)) / rms
@@ -124,7 +124,7 @@ def weight_histograms(quantizer: GainQuantizer) -> dict[str, Tensor]:
 def _rms(quantizer: GainQuantizer, before: Before) -> float:
     """Root mean square of the weight at the start; 1 where all of it is zero."""
     squares = 0.0
-    for rows in quantizer.tiles():
+    for rows in quantizer.tiles(before.affine):
         squares += float(dequantize(before.levels(rows), before.affine.rows(rows)).square().sum(dtype=torch.float64))
     return (squares / (quantizer.shape[0] * quantizer.shape[1])) ** 0.5 or 1.0
 

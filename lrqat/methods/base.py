@@ -31,7 +31,7 @@ from lrqat.methods.place import passing
 from lrqat.methods.products import product, product_dtype
 from lrqat.methods.tiles import Kernels, Pieces, Slopes, by_group, kernels
 from lrqat.pages import give_back
-from lrqat.ranges import COMPILED_WEIGHTS, row_tiles
+from lrqat.ranges import row_tiles, tile_weights
 
 
 class WeightQuantizer(nn.Module):
@@ -114,13 +114,13 @@ class WeightQuantizer(nn.Module):
         """s and m of the forward pass; differentiable."""
         return self.grid.affine(self.parts())
 
-    def tiles(self) -> list[slice]:
-        """Row slices that keep one tile's temporaries in cache."""
-        return row_tiles(*self.shape)
+    def tiles(self, affine: Affine) -> list[slice]:
+        """Row slices that keep one tile's temporaries in cache, or a GPU busy; `affine` lies where the work is done."""
+        return row_tiles(*self.shape, tile_weights(affine.scale_OG.device))
 
-    def calls(self) -> list[slice]:
+    def calls(self, affine: Affine) -> list[slice]:
         """Row slices of one call of a kernel: compiled ones have no temporaries but what `pieces` are made in."""
-        return row_tiles(*self.shape, COMPILED_WEIGHTS) if self.compiled else self.tiles()
+        return row_tiles(*self.shape, tile_weights(affine.scale_OG.device, self.compiled))
 
     @torch.no_grad()
     def levels(self, rows: slice, affine: Affine) -> Tensor:
@@ -138,7 +138,7 @@ class WeightQuantizer(nn.Module):
     def weigh(self, affine: Affine, weight_OI: Tensor) -> None:
         """Fill in the weight."""
         weigh = self.kernels().weigh
-        for rows in self.calls():
+        for rows in self.calls(affine):
             weigh(self.pieces(rows), affine.rows(rows), weight_OI[rows])
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class WeightQuantizer(nn.Module):
         """Codes and parts, on the CPU."""
         parts = self.parts()
         affine = self.grid.affine(parts)
-        codes_OI = torch.cat([self.grid.encode(self.levels(rows, affine)) for rows in self.tiles()])
+        codes_OI = torch.cat([self.grid.encode(self.levels(rows, affine)) for rows in self.tiles(affine)])
         return FusedTensor.make(codes_OI, parts, self.grid)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -238,7 +238,7 @@ def differentiate(
 ) -> None:
     """Fill in the weight again, and by the way all gradients, from dL/dW one row tile at a time."""
     kernel, dtype = quantizer.kernels().differentiate, product_dtype(x_TI)
-    for rows in quantizer.calls():
+    for rows in quantizer.calls(affine):
         slopes_KI = passing((rows.stop - rows.start, x_TI.shape[1]), dtype, x_TI.device, "slopes")
         product(grad_TO[:, rows].T, x_TI, out=slopes_KI)  # dL/dW, of which the kernel makes what is to be absorbed
         scale[rows], offset_KG = kernel(quantizer.pieces(rows), affine.rows(rows), slopes_KI, weight_OI[rows])
@@ -253,7 +253,7 @@ def weigh_reaching(
 ) -> tuple[Tensor, Tensor]:
     """Fill in the weight, and the codes if there is a place for them; the least and the greatest latent of each row."""
     kernel, found = quantizer.kernels().weigh_reaching, []
-    for rows in quantizer.calls():
+    for rows in quantizer.calls(affine):
         codes_KI = None if codes_OI is None else codes_OI[rows]
         found.append(kernel(quantizer.pieces(rows), affine.rows(rows), codes_KI, weight_OI[rows]))
     least, greatest = zip(*found, strict=True)
@@ -263,7 +263,7 @@ def weigh_reaching(
 def weigh_codes(quantizer: WeightQuantizer, affine: Affine, codes_OI: Tensor, weight_OI: Tensor) -> None:
     """Fill in the weight of codes."""
     kernel = quantizer.kernels().weigh_codes
-    for rows in quantizer.calls():
+    for rows in quantizer.calls(affine):
         kernel(codes_OI[rows], affine.rows(rows), weight_OI[rows])
 
 
@@ -279,7 +279,7 @@ def absorb_clipped(
     low, high = quantizer.grid.bounds
     least_O, greatest_O = ends
     clipped_C = ((least_O <= low) | (greatest_O >= high)).nonzero()[:, 0]
-    for rows in clipped_C.split(quantizer.tiles()[0].stop) if len(clipped_C) else ():
+    for rows in clipped_C.split(quantizer.tiles(affine)[0].stop) if len(clipped_C) else ():
         part = affine.rows(rows)
         latent_CI = quantizer.latent(rows, part)
         quantizer.absorb(rows, -clipped_slopes(quantizer.grid, part, latent_CI, grad_TO[:, rows], x_TI), large)

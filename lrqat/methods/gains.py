@@ -59,7 +59,7 @@ class GainQuantizer(WeightQuantizer):
     def moved(self) -> int:
         """How many weights have another level than when training began."""
         affine = self.affine()
-        return sum(int((self.levels(rows, affine) != self.started(rows)).sum()) for rows in self.tiles())
+        return sum(int((self.levels(rows, affine) != self.started(rows)).sum()) for rows in self.tiles(affine))
 
     def _pack(self, codes_KI: Tensor) -> Tensor:
         """Two codes a byte, even columns in the low nibble: 3, 10 -> 0xa3; above 4 bits one code a byte."""

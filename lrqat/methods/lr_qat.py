@@ -99,7 +99,7 @@ class LRQAT(GainQuantizer):
                 return fixed_KI.add_(back_KI.mul_(moved_KI)).to(torch.int8)
             return self._pack(self.grid.encode(levels_KI))
 
-        return fill(*self.shape, store)
+        return fill(weight_OI, store)
 
     def pieces(self, rows: Rows) -> Pieces:
         """(Phi0 as it is stored, c A B)."""

@@ -37,7 +37,7 @@ class LSQ(WeightDomain):
         super().__init__(grid, (weight_OI.shape[0], weight_OI.shape[1]), start, learn_scales)
         self.weight_OI = nn.Parameter(weight_OI.detach().to(torch.float32, copy=True))
         affine = grid.affine(start)
-        begun = fill(*self.shape, lambda rows: self._pack(grid.encode(self.levels(rows, affine))))
+        begun = fill(weight_OI, lambda rows: self._pack(grid.encode(self.levels(rows, affine))))
         self.register_buffer("begun", begun, persistent=False)
 
     def pieces(self, rows: Rows) -> Pieces:

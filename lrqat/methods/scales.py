@@ -41,7 +41,7 @@ class Scales(GainQuantizer):
         def codes(rows: slice) -> Tensor:
             return self._pack(grid.encode(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))))
 
-        self.register_buffer("codes", fill(*self.shape, codes), persistent=False)
+        self.register_buffer("codes", fill(weight_OI, codes), persistent=False)
         moved_before = torch.zeros((), dtype=torch.int64, device=weight_OI.device)
         self.register_buffer("moved_before", moved_before, persistent=False)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedTensor
 from lrqat.grid import Grid, Parts, dequantize, to_latent
-from lrqat.ranges import row_tiles
+from lrqat.ranges import weight_tiles
 
 INSIDE = 0.4  # of the distance to the neighbouring level; the cell ends at half of it
 
@@ -36,7 +36,7 @@ def rounded(weight_OI: Tensor, parts: Parts, grid: Grid) -> FusedTensor:
     """The codes of a start."""
     affine = grid.affine(parts)
     codes = [
-        grid.encode(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))) for rows in row_tiles(*weight_OI.shape)
+        grid.encode(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))) for rows in weight_tiles(weight_OI)
     ]
     return FusedTensor.make(torch.cat(codes), parts, grid)
 
@@ -57,7 +57,7 @@ def from_fused(weight_OI: Tensor, fused: FusedTensor) -> Tensor:
     affine = fused.grid.affine({name: part.to(device) for name, part in fused.parts.items()})
     levels_L, low_L, high_L = cells(fused.grid, device)
     tiles = []
-    for rows in row_tiles(*weight_OI.shape):
+    for rows in weight_tiles(weight_OI):
         level_KI = torch.bucketize(fused.grid.decode(fused.codes_OI[rows].to(device)), levels_L)
         x_KI = to_latent(weight_OI[rows], affine.rows(rows))
         tiles.append(torch.minimum(torch.maximum(x_KI, low_L[level_KI]), high_L[level_KI]))
@@ -76,7 +76,7 @@ def start_from(weight_OI: Tensor, fused: FusedTensor, name: str = "weight") -> S
     parts = {part: values.to(device, torch.float32) for part, values in fused.parts.items()}
     affine, codes_OI = grid.affine(parts), fused.codes_OI.to(device)
     adjusted_OI = dequantize(from_fused(weight_OI, fused), affine).to(weight_OI.dtype)
-    for rows in row_tiles(*weight_OI.shape):
+    for rows in weight_tiles(weight_OI):
         part, levels_KI = affine.rows(rows), grid.decode(codes_OI[rows])
         moved_KI = grid.nearest(to_latent(adjusted_OI[rows], part)) != levels_KI
         adjusted_OI[rows] = torch.where(moved_KI, dequantize(levels_KI, part).to(weight_OI.dtype), adjusted_OI[rows])

@@ -22,7 +22,7 @@ from torch import Tensor
 from lrqat.errors import LrqatError
 from lrqat.grid import to_latent
 from lrqat.methods.lr_qat import LRQAT
-from lrqat.ranges import row_tiles
+from lrqat.ranges import weight_tiles
 
 OVERSAMPLING = 8  # extra columns of the randomised SVD
 POWERS = 4
@@ -44,7 +44,7 @@ def loftq(quantizer: LRQAT, weight_OI: Tensor, generator: torch.Generator) -> No
     grid, affine, multiplier = quantizer.grid, quantizer.affine(), quantizer.multiplier
     levels_OI = quantizer.frozen(slice(None))
     missing_OI = torch.cat(
-        [to_latent(weight_OI[rows], affine.rows(rows)).clamp_(*grid.ends) for rows in row_tiles(*weight_OI.shape)]
+        [to_latent(weight_OI[rows], affine.rows(rows)).clamp_(*grid.ends) for rows in weight_tiles(weight_OI)]
     ).sub_(levels_OI)
     left_OR, right_RI = truncated_svd(missing_OI, quantizer.a_OR.shape[1], generator)
     for _ in range(SHRINKS):

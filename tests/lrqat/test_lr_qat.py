@@ -134,7 +134,7 @@ def test_tiles_do_not_change_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None
         perturb(quantizer)
         x = torch.randn(9, COLUMNS, generator=torch.Generator().manual_seed(2), requires_grad=True)
         quantizer(x, None).square().sum().backward()
-        assert len(quantizer.tiles()) == (1 if size > ROWS * COLUMNS else -(-ROWS // 5))
+        assert len(quantizer.tiles(quantizer.affine())) == (1 if size > ROWS * COLUMNS else -(-ROWS // 5))
         found.append([*(p.grad for p in parameters_of(quantizer).values()), x.grad])
     for whole, tiled in zip(*found, strict=True):
         assert (whole - tiled).abs().max() <= FLOAT32_SUMS * whole.abs().max()

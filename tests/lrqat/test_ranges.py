@@ -14,7 +14,7 @@ from lrqat.grid import Grid
 from lrqat.grids.affine import AffineGrid
 from lrqat.grids.wire import MIN_SCALE
 from lrqat.ptq import rtn
-from lrqat.ranges import row_tiles, start
+from lrqat.ranges import row_tiles, start, tile_weights, weight_tiles
 
 # A wire scale lies within half a unit of 8 significant bits of the scale that was asked for.
 WIRE_ROUNDING = 2.0**-9
@@ -100,7 +100,7 @@ def test_scales_of_a_tiled_matrix_are_those_of_its_groups(
 ) -> None:
     monkeypatch.setattr("lrqat.ranges.TILE_WEIGHTS", 200)
     grid, weight_OI = Grid.parse(spelling), groups(1, 96)
-    assert len(row_tiles(16, 96)) > 1
+    assert len(weight_tiles(weight_OI)) > 1
     scales_OG = start(weight_OI, grid, p)["scales"]
     whole = AffineGrid(grid.bits).fit(weight_OI.view(-1, grid.columns_per_group(96)), p)["scales"]
     assert torch.equal(scales_OG, whole.view(16, -1))
@@ -109,6 +109,12 @@ def test_scales_of_a_tiled_matrix_are_those_of_its_groups(
 @given(st.integers(1, 5000), st.integers(1, 1 << 20))
 def test_row_tiles_cover_every_row_once(rows: int, columns: int) -> None:
     assert [i for tile in row_tiles(rows, columns) for i in range(rows)[tile]] == list(range(rows))
+
+
+def test_a_gpu_works_on_sixteen_times_as_much_at_once() -> None:
+    here, there = torch.empty(4096, 1024, dtype=torch.bfloat16), torch.empty(4096, 1024, device="meta")
+    assert (len(weight_tiles(here)), len(weight_tiles(there))) == (16, 1)
+    assert tile_weights(there.device, compiled=True) == tile_weights(there.device)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

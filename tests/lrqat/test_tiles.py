@@ -57,7 +57,7 @@ def lrqat(spelling: str) -> LRQAT:
 def test_compiled_lr_qat_has_the_bits_of_the_plain_one(
     spelling: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lrqat.methods.base.COMPILED_WEIGHTS", rows * COLUMNS)  # of 48: one call, or three
+    monkeypatch.setattr("lrqat.ranges.COMPILED_WEIGHTS", rows * COLUMNS)  # of 48: one call, or three
     check(lrqat(spelling))
 
 
