@@ -174,7 +174,8 @@ def train_layer(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     for batch in batches:
         with torch.enable_grad():
-            loss = F.mse_loss(walk.call(number, x_NTH[batch]).float(), y_NTH[batch].float())
+            wanted_BTH = y_NTH[batch].to(walk.device).float()
+            loss = F.mse_loss(walk.call(number, x_NTH[batch]).float(), wanted_BTH)
             if not math.isfinite(loss.item()):
                 raise LrqatError(
                     f"block-ap: the loss of layer {number} is {loss.item()}; lower --block-lr, --block-lr-scales"

@@ -25,6 +25,11 @@ def run(body: Callable[[], int]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         complain(f"{where}{error.strerror or error}")
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        complain(f"{str(error).split('.')[0]}; --gradient-checkpointing, --batch-size 1 and --downcast int take less")
+        return 2
     except KeyboardInterrupt:
         if rank() == 0:
             print("interrupted; nothing half-written was left", file=sys.stderr)

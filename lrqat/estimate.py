@@ -8,7 +8,7 @@
     activations   what autograd keeps from forward to backward, counted by running the model without data
                   (torch's fake tensors, for which transformers expands grouped keys and builds a mask: some
                   percent too much there); with checkpointing, each layer's input and one layer's rest
-    logits        chunks of the head's outputs, the student's and the teacher's
+    logits        chunks of the head's outputs, the student's and the teacher's; on a GPU in float32 as well
     transient     the largest weight, built for its matrix product, and the gradients around it; on a GPU a tile's
                   temporaries, too (a core's cache holds its own)
     malloc        freed memory between what is in use, a share of all that is not frozen (measured; not on a GPU)
@@ -57,14 +57,15 @@ PROBED_WEIGHTS = 1 << 21
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by part."""
+    """Bytes by part of a step; and of a GPU, in which the whole model lies before it is packed, what that takes."""
 
     parts: dict[str, float]
+    loading: float = 0.0
 
     @property
     def total(self) -> float:
-        """Bytes of all parts."""
-        return sum(self.parts.values())
+        """Bytes of the peak."""
+        return max(sum(self.parts.values()), self.loading)
 
 
 def estimate(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool = False) -> Estimate:
@@ -103,7 +104,8 @@ def estimate(skeleton: Any, plan: Plan, settings: TrainSettings, gpu: bool = Fal
     }
     if gpu:
         parts["transient"] += TILE_BYTES * min(largest, GPU_TILE_WEIGHTS)
-        return Estimate(parts)
+        parts["logits"] += (4 if settings.loss == "kd" else 2) * FLOAT * min(CHUNK_TOKENS, tokens) * words
+        return Estimate(parts, float(dtype.itemsize * sum(p.numel() for p in skeleton.parameters())))
     changing = sum(nbytes for name, nbytes in parts.items() if name not in FROZEN)
     share = MALLOC_GIVEN_BACK if settings.gradient_checkpointing and wide(skeleton.config) else MALLOC
     return Estimate({**parts, "malloc": share * changing, "process": PROCESS})

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +55,44 @@ def hidden_states(body: Any, block_T: Tensor, positions_T: Tensor | None = None)
     return final_states(body, block_T[None], None if positions_T is None else positions_T[None])[0]
 
 
+class Remembered(NamedTuple):
+    """What a model has made of some blocks: all that is needed of it to compare another one with it.
+
+    Attributes:
+        head: its output head.
+        states_NTH: final hidden states of the blocks, as a rule in a mapped file.
+    """
+
+    head: Head
+    states_NTH: Tensor
+
+    def states(self, number: int, block_T: Tensor) -> Tensor:
+        """[T, H] of the block with this number."""
+        return self.states_NTH[number].to(block_T.device)
+
+
+class Running(NamedTuple):
+    """The same of a model that is there."""
+
+    head: Head
+    body: Any
+
+    def states(self, number: int, block_T: Tensor) -> Tensor:
+        """[T, H] of a block."""
+        return hidden_states(self.body, block_T)
+
+
+def remember(model: Any, blocks_NT: Tensor, path: Path) -> Remembered:
+    """Run a model on all blocks, and keep its states in a file, which is made."""
+    body, head = body_and_head(model)
+    size, dtype = head.weight_VH.shape[1], next(body.parameters()).dtype
+    flat = torch.from_file(str(path), shared=True, size=blocks_NT.numel() * size, dtype=dtype)
+    states_NTH = flat.view(*blocks_NT.shape, size)
+    for number, block_T in enumerate(bar(blocks_NT.to(head.weight_VH.device), "reference")):
+        states_NTH[number] = hidden_states(body, block_T)
+    return Remembered(head, states_NTH)
+
+
 @torch.no_grad()
 def score(
     model: Any,
@@ -66,24 +105,27 @@ def score(
     Args:
         model: a causal language model with a linear head, soft-capped or not.
         blocks_NT: int64 [N, T].
-        reference: the full-precision model, or None.
+        reference: the full-precision model, what is remembered of it, or None.
         words: words that the blocks' text has, for the word perplexity.
     """
     nats = kl = 0.0
     same = predicted = 0
     body, head = body_and_head(model)
-    other_body, other_head = (None, None) if reference is None else body_and_head(reference)
-    for block_T in bar(blocks_NT.to(head.weight_VH.device), "evaluate"):
+    other: Remembered | Running | None = reference if isinstance(reference, Remembered) else None
+    if reference is not None and other is None:
+        other_body, other_head = body_and_head(reference)
+        other = Running(other_head, other_body)
+    for number, block_T in enumerate(bar(blocks_NT.to(head.weight_VH.device), "evaluate")):
         hidden_TH = hidden_states(body, block_T)
-        other_TH = hidden_states(other_body, block_T) if other_body is not None else None
+        other_TH = None if other is None else other.states(number, block_T)
         for start in range(0, len(block_T) - 1, CHUNK_TOKENS):
             chunk = slice(start, min(start + CHUNK_TOKENS, len(block_T) - 1))
             next_C = block_T[chunk.start + 1 : chunk.stop + 1]
             log_q_CV = head.logits(hidden_TH[chunk]).float().log_softmax(1)
             nats -= log_q_CV.gather(1, next_C[:, None]).double().sum().item()
             predicted += len(next_C)
-            if other_TH is not None and other_head is not None:
-                log_p_CV = other_head.logits(other_TH[chunk]).float().log_softmax(1)
+            if other is not None and other_TH is not None:
+                log_p_CV = other.head.logits(other_TH[chunk]).float().log_softmax(1)
                 kl += (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(1).double().sum().item()
                 same += int((log_p_CV.argmax(1) == log_q_CV.argmax(1)).sum())
     compared = reference is not None
@@ -145,18 +187,25 @@ def evaluate_files(
 ) -> Scores:
     """`score` for a model by name on text files by name; the tokenizer is the model's own.
 
-    What was rounded in training beside the weights is rounded here, unless `activations` and `kv` say otherwise.
+    The reference is gone when the model is loaded: two of 7B are more than many a GPU holds. What was rounded in
+    training beside the weights is rounded here, unless `activations` and `kv` say otherwise.
     """
     rounding = rounding_of(source, activations, kv)
     if rounding:
         log(f"{source}: {rounding}")
-    model, tokenizer = load_any(source, getattr(torch, dtype), rounding)
+    tokenizer = tokenizer_of(source)
     blocks_NT = blocks(texts, tokenizer, length, limit)
-    other = None
-    if reference is not None:
-        other, own = load_any(reference, getattr(torch, dtype), Rounding())
-        check_vocabulary(f"--reference {reference}", (own, head_of(other)), (tokenizer, head_of(model)))
-    found = score(model, blocks_NT, other, words_of(blocks_NT, tokenizer))
+    with TemporaryDirectory(prefix="lrqat-eval-") as folder:
+        other = None
+        if reference is not None:
+            check_words(f"--reference {reference}", tokenizer_of(reference), tokenizer)
+            full = load_any(reference, getattr(torch, dtype), Rounding())[0]
+            other = remember(full, blocks_NT, Path(folder) / "states")
+            del full
+        model = load_any(source, getattr(torch, dtype), rounding)[0]
+        if other is not None:
+            check_heads(f"--reference {reference}", other.head, head_of(model))
+        found = score(model, blocks_NT, other, words_of(blocks_NT, tokenizer))
     return replace(found, activations=rounding.activations, kv=rounding.kv)
 
 
@@ -165,7 +214,21 @@ def words_of(blocks_NT: Tensor, tokenizer: Any) -> int:
     return sum(len(tokenizer.decode(block_T[1:]).split()) for block_T in blocks_NT)
 
 
-def check_vocabulary(what: str, other: tuple[Any, Head], own: tuple[Any, Head]) -> None:
-    """Refuse to compare distributions over other words: (tokenizer, head) of what is named and of the model."""
-    if other[0].get_vocab() != own[0].get_vocab() or len(other[1].weight_VH) != len(own[1].weight_VH):
-        raise LrqatError(f"{what}: has another vocabulary than the model; name a model of the same family")
+def tokenizer_of(source: str) -> Any:
+    """The tokenizer alone of what `load_any` loads."""
+    return fused_tokenizer(FusedCheckpoint.load(Path(source))) if is_fused(source) else locate(source).tokenizer
+
+
+OTHER_WORDS = "has another vocabulary than the model; name a model of the same family"
+
+
+def check_words(what: str, other: Any, own: Any) -> None:
+    """Refuse to compare distributions over other words: the tokenizers of what is named and of the model."""
+    if other.get_vocab() != own.get_vocab():
+        raise LrqatError(f"{what}: {OTHER_WORDS}")
+
+
+def check_heads(what: str, other: Head, own: Head) -> None:
+    """The same by their heads, which may have rows that no token has."""
+    if len(other.weight_VH) != len(own.weight_VH):
+        raise LrqatError(f"{what}: {OTHER_WORDS}")

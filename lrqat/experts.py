@@ -34,11 +34,15 @@ class QuantExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], the experts [T, K] of each token and their weights -> [T, H]."""
-        y_TH, index_KT = torch.zeros_like(hidden_states), top_k_index.T
+        y_TH, chosen_S = torch.zeros_like(hidden_states), top_k_index.T.flatten()  # S: slot by slot, all tokens
+        sorted_S, end = chosen_S.argsort(stable=True), 0
+        counts = chosen_S.bincount(minlength=self.num_experts).tolist()  # a GPU is waited for once
         for number in range(self.num_experts):
-            slot, token = torch.where(index_KT == number)
-            if len(token) == 0:
+            if counts[number] == 0:
                 continue
+            end += counts[number]
+            places = sorted_S[end - counts[number] : end]
+            slot, token = places // len(y_TH), places % len(y_TH)
             layers = self.get_submodule(str(number))
             gate, up, down = (layers[role] for role in self.roles)  # type: ignore[index]
             x = hidden_states[token]

@@ -96,7 +96,7 @@ class HeadLoss(torch.autograd.Function):
         grad_TH = torch.empty_like(hidden_TH)
         q_CV = hidden_TH.new_empty(min(CHUNK_TOKENS, tokens), words)
         p_CV = torch.empty_like(q_CV) if target.dim() == 2 else None
-        step = max(1, CACHED_LOGITS // words)
+        step = max(1, CACHED_LOGITS // words) if hidden_TH.device.type == "cpu" else CHUNK_TOKENS
         for start in range(0, tokens, CHUNK_TOKENS):
             chunk = slice(start, min(start + CHUNK_TOKENS, tokens))
             count = chunk.stop - start

@@ -21,7 +21,7 @@ SAVINGS: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
     {"downcast": "int"},
     {"batch_size": 1},
-    {"offload": "disk"},
+    {"offload": "disk"},  # of a GPU: in the CPU's memory
 )
 
 
@@ -66,6 +66,7 @@ def plan_command(args: argparse.Namespace) -> int:
     limit = available_bytes() if limit is None else limit
     rows: dict[str, Any] = {"model": args.model, "weights": str(decided)}
     rows |= {f"{name}_gb": nbytes / 1e9 for name, nbytes in found.parts.items()}
+    rows |= {"loading_gb": found.loading / 1e9} if gpu else {}
     rows |= {"peak_gb": found.total / 1e9, "memory_gb": limit / 1e9, "fits": found.total <= limit}
     if found.total > limit:
         rows["fits_with"] = None
@@ -73,6 +74,8 @@ def plan_command(args: argparse.Namespace) -> int:
         for saving in SAVINGS:
             if settings.method != "lrqat" and "downcast" in saving:
                 continue
+            if gpu and "offload" in saving:
+                saving = {"offload": "cpu"}
             tried = dataclasses.replace(tried, **saving)
             if estimate(skeleton, decided, tried, gpu).total <= limit:
                 rows["fits_with"] = flags(settings, tried)

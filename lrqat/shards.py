@@ -77,7 +77,7 @@ def unshard(model: nn.Module) -> None:
         for name, parameter in parameters:
             if is_sharded(parameter):
                 whole = parameter.full_tensor()
-                module.register_parameter(name, nn.Parameter(whole.cpu() if rank() == 0 else whole[:0], False))
+                module.register_parameter(name, nn.Parameter(whole.cpu() if rank() == 0 else whole.new_empty(0), False))
             elif rank() == 0:
                 parameter.data = parameter.data.cpu()
         for name, buffer in list(module.named_buffers(recurse=False)):

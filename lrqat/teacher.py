@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lrqat.console import bar
 from lrqat.errors import LrqatError
-from lrqat.evaluate import check_vocabulary, hidden_states, load_any
+from lrqat.evaluate import check_heads, check_words, hidden_states, load_any
 from lrqat.fused import read_json, write_json
 from lrqat.losses import Head, body_and_head
 from lrqat.safestream import tensor_bytes
@@ -94,7 +94,8 @@ def cache_named(
     """
     model, own = load_any(source, dtype)
     body, head = body_and_head(model)
-    check_vocabulary(f"teacher {source}", (own, head), (tokenizer, student))
+    check_words(f"teacher {source}", own, tokenizer)
+    check_heads(f"teacher {source}", head, student)
     if head.cap != student.cap:
         raise LrqatError(f"teacher {source}: caps logits at {head.cap}, the student at {student.cap}; name another")
     weights = hashlib.sha256()

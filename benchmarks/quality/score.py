@@ -17,38 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
 
 from lrqat.command import run
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
-from lrqat.evaluate import load_any, score, words_of
+from lrqat.evaluate import Remembered, load_any, score, words_of
 from lrqat.jsonfile import read_json
 from lrqat.losses import body_and_head
 from lrqat.safestream import tensor_bytes
 from lrqat.teacher import cache_teacher
-
-
-def recall(reference: Any, blocks_NT: Tensor, states_NTH: Any) -> None:
-    """Let a model read its final hidden states of these blocks instead of computing them; others it computes.
-
-    Args:
-        reference: a causal language model.
-        blocks_NT: int64 token ids.
-        states_NTH: bits of float32 states, uint32, as `lrqat.teacher` keeps them.
-    """
-    body = reference.base_model
-    compute, number_of = body.forward, {bytes(tensor_bytes(block_T)): n for n, block_T in enumerate(blocks_NT)}
-
-    def forward(input_ids: Tensor, **options: Any) -> Any:
-        number = number_of.get(bytes(tensor_bytes(input_ids[0])))
-        if number is None:
-            return compute(input_ids, **options)
-        states_1TH = torch.from_numpy(states_NTH[number][None].copy()).view(torch.float32)
-        return BaseModelOutput(last_hidden_state=states_1TH.to(input_ids.device))
-
-    body.forward = forward
 
 
 def figures(source: str, reference: str, text: str, seq_len: int, count: int, states: Path, model_key: str) -> Any:
@@ -63,9 +40,12 @@ def figures(source: str, reference: str, text: str, seq_len: int, count: int, st
         body, head = body_and_head(other)
         cache_teacher(states, body, blocks_NT, head.weight_VH.shape[1], torch.float32, key)
     if (stamp := states.with_suffix(".json")).is_file() and read_json(stamp).get("key") == key:
-        recall(other, blocks_NT, np.load(states, mmap_mode="r", allow_pickle=False))
+        bits_NTH = np.load(states, mmap_mode="c", allow_pickle=False)
+        known: Any = Remembered(body_and_head(other)[1], torch.from_numpy(bits_NTH).view(torch.float32))
+    else:
+        known = other
     model = other if source == reference else load_any(source, torch.float32)[0]
-    return score(model, blocks_NT, other, words_of(blocks_NT, tokenizer)).to_dict()
+    return score(model, blocks_NT, known, words_of(blocks_NT, tokenizer)).to_dict()
 
 
 def main() -> int:

@@ -139,12 +139,18 @@ class CodebookGrid(Grid):
 
     def decode(self, codes: Tensor) -> Tensor:
         """table[code]."""
-        return torch.tensor(self.table, device=codes.device)[codes.int()]
+        return _levels(self.table, codes.device)[codes.int()]
 
     def _wire(self, scales: Tensor) -> Tensor:
         if self.power_of_two:
             return torch.exp2(scales.abs().log2().round().clamp(*(e - EXPONENT_BIAS for e in EXPONENTS)))
         return to_wire(scales, "fp16")
+
+
+@lru_cache
+def _levels(table: tuple[float, ...], device: torch.device) -> Tensor:
+    """The table, on its device."""
+    return torch.tensor(table, device=device)
 
 
 @lru_cache

@@ -29,6 +29,7 @@ from lrqat.methods.products import product
 
 RUN = 16  # tokens whose g * Y are added up while they are in registers
 AT_ONCE = 1 << 20  # numbers of a float32 temporary [T, O]
+GPU_AT_ONCE = 1 << 24
 SPARSE = 256  # weights for each clipped one, above which clipped ones are looked at one by one
 
 
@@ -48,7 +49,8 @@ def scale_slopes(
     """(dL/ds, dL/dm) under frozen levels, float32 [O, 1]; dL/dm is None where there is no m. `dots` may be compiled."""
     dot_O = torch.zeros_like(affine.scale_OG[:, 0])
     sums_O = torch.zeros_like(dot_O)
-    tokens = max(RUN, AT_ONCE // grad_TO.shape[1] // RUN * RUN)
+    numbers = AT_ONCE if grad_TO.device.type == "cpu" else GPU_AT_ONCE
+    tokens = max(RUN, numbers // grad_TO.shape[1] // RUN * RUN)
     chunks = (tensor.split(tokens) for tensor in (grad_TO, x_TI, output_TO))
     for grad_KO, x_KI, output_KO in zip(*chunks, strict=True):
         whole = len(grad_KO) // RUN * RUN

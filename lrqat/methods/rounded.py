@@ -20,7 +20,6 @@ class Rounded(WeightQuantizer):
     def __init__(self, fused: FusedTensor, device: torch.device) -> None:
         rows, columns = fused.codes_OI.shape
         super().__init__(fused.grid, (rows, columns))
-        self.device = device
         self.register_buffer("codes_OI", fused.codes_OI.to(device), persistent=False)
         self.wire = nn.Module()
         for name, part in fused.parts.items():
@@ -28,7 +27,7 @@ class Rounded(WeightQuantizer):
 
     def pieces(self, rows: Rows) -> Pieces:
         """The codes."""
-        return (self.stored("codes_OI", rows, self.device),)
+        return (self.stored("codes_OI", rows, next(self.wire.buffers()).device),)
 
     @staticmethod
     def latent_of(grid: Grid, pieces: Pieces, affine: Affine) -> Tensor:

@@ -23,6 +23,8 @@ from torch import Tensor
 from lrqat.grid import Affine, Grid, dequantize
 from lrqat.methods.factored import dots
 
+EXACT_DIVISION = "eager_numerics.division_rounding"  # else Inductor divides approximately on a GPU, and `fuse` does not
+
 Pieces = tuple[Tensor, ...]
 Ends = tuple[Tensor, Tensor]  # the least and the greatest latent of each row, float32 [K]
 PartSlopes = tuple[Tensor, Tensor | None]  # dL/ds [K, G], and dL/dm where the grid has an offset
@@ -106,7 +108,8 @@ def kernels(latent_of: LatentOf, slopes: SlopesOf, grid: Grid, compiled: bool) -
 def _compiled(function: Any) -> Callable[..., Any]:
     """A kernel by torch.compile, as a code object of its own: by these recompilations are counted, and limited."""
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__)
-    compiled = torch.compile(own, dynamic=False)
+    options: Any = {EXACT_DIVISION: True} if EXACT_DIVISION in torch._inductor.list_options() else None
+    compiled = torch.compile(own, dynamic=False, options=options)
 
     def call(*given: Any) -> Any:
         any_rows(*(value for one in given for value in (one if isinstance(one, tuple) else (one,))))

@@ -27,7 +27,7 @@ from lrqat.grid import Grid
 from lrqat.plan import Plan
 from lrqat.ranges import start
 from lrqat.sites import LINEAR
-from lrqat.starts.codes import rounded
+from lrqat.starts.codes import nearest
 from lrqat.starts.fold import LlamaLayer
 from lrqat.starts.walk import Walk
 
@@ -118,7 +118,7 @@ def search(
         t_I, error = t_V[source_I], 0.0
         for reader, grid in quantized:
             scaled_OI = reader.weight.float() * t_I
-            off_OI = scaled_OI - rounded(scaled_OI, start(scaled_OI, grid, p), grid).dequantize().to(scaled_OI.device)
+            off_OI = scaled_OI - nearest(scaled_OI, start(scaled_OI, grid, p), grid)
             error += (x_SI @ (off_OI / t_I).T).square().sum().item()
         if error < least:
             best, least, best_V = step / STEPS, error, t_V

@@ -20,7 +20,7 @@ from torch import Tensor
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedTensor
 from lrqat.grid import Grid, Parts, dequantize, to_latent
-from lrqat.ranges import weight_tiles
+from lrqat.ranges import fill, weight_tiles
 
 INSIDE = 0.4  # of the distance to the neighbouring level; the cell ends at half of it
 
@@ -39,6 +39,16 @@ def rounded(weight_OI: Tensor, parts: Parts, grid: Grid) -> FusedTensor:
         grid.encode(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))) for rows in weight_tiles(weight_OI)
     ]
     return FusedTensor.make(torch.cat(codes), parts, grid)
+
+
+def nearest(weight_OI: Tensor, parts: Parts, grid: Grid) -> Tensor:
+    """What the codes of a start stand for, float32 [O, I] where the weight is."""
+    affine = grid.affine(parts)
+
+    def make(rows: slice) -> Tensor:
+        return dequantize(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows))), affine.rows(rows))
+
+    return fill(weight_OI, make)
 
 
 def cells(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,7 +40,7 @@ from lrqat.grid import Grid, Parts
 from lrqat.plan import Plan
 from lrqat.ranges import row_tiles, start
 from lrqat.sites import LINEAR, Site
-from lrqat.starts.codes import Start, rounded, start_from
+from lrqat.starts.codes import Start, nearest, start_from
 from lrqat.starts.descent import descend
 from lrqat.starts.factor import inverse_factor
 from lrqat.starts.felt import felt
@@ -53,6 +53,7 @@ BLOCK = 128
 DAMP = 0.01
 RANGES = (1.1, 1.0, 0.92, 0.84, 0.77, 0.7, 0.64, 0.58, 0.52)  # shares of the range that the search has found
 AT_ONCE = 1 << 24  # numbers of a float32 temporary: rows, in all ranges, times columns
+GPU_AT_ONCE = 1 << 27  # there a column costs its launches, of however many rows it is
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def gptq_model(
     for number in bar(range(len(walk.layers)), "gptq"):
         path = None if folder is None else kept.layer_path(folder, number)
         if path and path.is_file():
-            begun = load_layer(path, key, y_NTH.device)
+            begun = load_layer(path, key, walk.device)
             walk.run(number, y_NTH, y_NTH)
             with holding(quantized_weights(model, plan, begun)):
                 walk.run(number, x_NTH, x_NTH)
@@ -162,7 +163,7 @@ def quantized_weights(model: Any, plan: Plan, begun: Mapping[str, Start]) -> dic
     found: dict[nn.Linear, Tensor] = {}
     for name, (adjusted_OI, parts) in begun.items():
         module: Any = model.get_submodule(module_path(plan.sites[name]))
-        found[module] = rounded(adjusted_OI, parts, plan.grids[name]).dequantize().to(adjusted_OI)
+        found[module] = nearest(adjusted_OI, parts, plan.grids[name]).to(adjusted_OI)
     return found
 
 
@@ -209,7 +210,8 @@ def gptq(
     live = int((hessian_II.diagonal() > 0).sum())
     factor_II, back_I = inverse_factor(hessian_II[order_I][:, order_I], damp, name), order_I.argsort()
     tiles = []
-    for tile in row_tiles(rows, columns, AT_ONCE // len(RANGES)):
+    at_once = AT_ONCE if weight_OI.device.type == "cpu" else GPU_AT_ONCE
+    for tile in row_tiles(rows, columns, at_once // len(RANGES)):
         begun = start(weight_OI[tile], grid, p, name)
         levels_KI, found = in_best_range(weight_OI[tile].float(), order_I, live, factor_II, grid, begun)
         tiles.append(FusedTensor.make(grid.encode(levels_KI[:, back_I]), found, grid))

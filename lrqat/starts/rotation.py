@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from lrqat.errors import LrqatError
+from lrqat.ranges import row_tiles
 from lrqat.starts.fold import LlamaLayer, check_norm
 from lrqat.starts.walk import decoder_layers
 
+AT_ONCE = 1 << 24  # numbers of a float64 temporary
 PROBE = 32  # tokens whose logits are compared
 # Of |after - before| / |before|; SmolLM2-135M was seen to move by 1e-6 in float32 and 2% in bfloat16.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -62,9 +64,9 @@ def rotate(model: Any, seed: int, *, untie: bool = False, values: bool = True) -
     r1_HH = orthogonal(embedding.embedding_dim, generator).to(embedding.weight.device)
     for norm, readers in [pair for layer in layers for pair in layer.norms] + [(final, [head])]:
         for reader in readers:
-            assign(reader.weight, reader.weight.double() * norm.weight.double() @ r1_HH)
+            rotate_rows(reader.weight, norm.weight, r1_HH)
         norm.weight.fill_(1)
-    assign(embedding.weight, embedding.weight.double() @ r1_HH)
+    rotate_rows(embedding.weight, None, r1_HH)
     for layer in layers:
         for writer in (layer.o, layer.down):
             assign(writer.weight, r1_HH.T @ writer.weight.double())
@@ -110,6 +112,13 @@ def untie_head(model: Any, allowed: bool) -> None:
     model.get_output_embeddings().weight = nn.Parameter(weight_VH.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
+
+
+def rotate_rows(parameter: Tensor, scale_H: Tensor | None, r_HH: Tensor) -> None:
+    """W diag(scale) R in float64, some rows at a time: a head of 128 thousand words by 4096 would be 4 GB of it."""
+    for rows in row_tiles(parameter.shape[0], parameter.shape[1], AT_ONCE):
+        own_KH = parameter.data[rows].double()
+        assign(parameter.data[rows], (own_KH if scale_H is None else own_KH * scale_H.double()) @ r_HH)
 
 
 def assign(parameter: Tensor, values: Tensor) -> None:

@@ -77,8 +77,8 @@ def gather(
     path, module = next(iter(stage.modules.items()))
     tokens, inputs = x_NTH.shape[0] * x_NTH.shape[1], module.in_features
     weight_OI = None if stage.stream is None else module.weight.float()
-    hessian_II = torch.zeros(inputs, inputs, device=x_NTH.device)
-    missed_KI = torch.zeros(inputs if stage.stream is None else module.out_features, inputs, device=x_NTH.device)
+    hessian_II = module.weight.new_zeros(inputs, inputs, dtype=torch.float32)
+    missed_KI = hessian_II.new_zeros(inputs if stage.stream is None else module.out_features, inputs)
     with arriving(half, path, module, stage.stream) as arrive:
         for x_TH, y_TH in zip(x_NTH, y_NTH, strict=True):
             full_TI, full_TO = arrive(y_TH, last)
@@ -179,6 +179,6 @@ def _scattered(half: Half, stage: Stage, x_NTH: Tensor, quantized: Mapping[nn.Li
             half.call(x_TH[None])
     tokens = x_NTH.shape[0] * x_NTH.shape[1]
     return {
-        path: Sums(sums[path] / tokens if path in sums else torch.eye(module.in_features, device=x_NTH.device))
+        path: Sums(sums[path] / tokens if path in sums else torch.eye(module.in_features, device=module.weight.device))
         for path, module in stage.modules.items()
     }

@@ -6,12 +6,13 @@
 
 so each code is the best that it can be for rows above and columns before it, as GPTQ's is for columns before. Rows and
 columns come in falling order of their diagonals. What is on one antidiagonal knows nothing of each other and is rounded
-at once; tiles of SIDE x SIDE keep the rest a matrix product.
+at once, in all tiles that lie on one as well; tiles of SIDE x SIDE keep the rest a matrix product.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrqat.fused import FusedTensor
@@ -34,62 +35,96 @@ def two_sided(weight_OI: Tensor, felt: Felt, fused: FusedTensor, damp: float, na
         name: in messages.
     """
     grid, device = fused.grid, weight_OI.device
-    rows, columns = weight_OI.shape
     column_I, row_O = (each.diagonal().argsort(descending=True, stable=True) for each in felt)
-    above_OO = unit_factor(felt.outputs_OO[row_O][:, row_O], damp, name)
-    before_II = unit_factor(felt.inputs_II[column_I][:, column_I], damp, name)
     affine = grid.affine({part: values.to(device, torch.float32) for part, values in fused.parts.items()}).rows(row_O)
-    group_I = column_I // grid.columns_per_group(columns)
-    exact_OI = weight_OI.float()[row_O][:, column_I]
+    group_I = column_I // grid.columns_per_group(weight_OI.shape[1])
+    # What is added to fill the last tiles up comes last, and nothing knows of it.
+    above_OO = filled(unit_factor(felt.outputs_OO[row_O][:, row_O], damp, name))
+    before_II = filled(unit_factor(felt.inputs_II[column_I][:, column_I], damp, name))
+    scale_OI = filled(affine.scale_OG[:, group_I], 1.0)
+    offset_OI = torch.zeros_like(scale_OI) if affine.offset_OG is None else filled(affine.offset_OG[:, group_I])
+    exact_OI = filled(weight_OI.float()[row_O][:, column_I])
     levels_OI, errors_OI, passed_OI = (torch.zeros_like(exact_OI) for _ in range(3))  # passed: P^T E
-    for r in range(0, rows, SIDE):
-        here = slice(r, r + SIDE)
-        scale_RG, offset_RG = affine.rows(here)
-        for c in range(0, columns, SIDE):
-            there = slice(c, c + SIDE)
-            scale_RC = scale_RG[:, group_I[there]]
-            offset_RC = torch.zeros_like(scale_RC) if offset_RG is None else offset_RG[:, group_I[there]]
-            above_RC = above_OO[:r, here].T @ errors_OI[:r, there]
-            before_RC = passed_OI[here, :c] @ before_II[:c, there]
-            levels_RC = tile(
-                exact_OI[here, there] - offset_RC, scale_RC, above_RC, before_RC,
-                above_OO[here, here], before_II[there, there], grid,
-            )  # fmt: skip
-            error_RC = exact_OI[here, there] - (levels_RC * scale_RC + offset_RC)
-            levels_OI[here, there], errors_OI[here, there] = levels_RC, error_RC
-            passed_OI[here, there] = above_RC + above_OO[here, here].T @ error_RC
+    scale, offset, exact, levels, errors, passed = map(
+        in_tiles, (scale_OI, offset_OI, exact_OI, levels_OI, errors_OI, passed_OI)
+    )
+    own_above, own_before = (in_tiles(each).diagonal().permute(2, 0, 1) for each in (above_OO, before_II))
+    down, along = exact.shape[:2]
+    for wave in range(down + along - 1):  # tiles of one antidiagonal know nothing of each other, either
+        first, end = max(0, wave - along + 1), min(down, wave + 1)
+        i_B = torch.arange(first, end, device=device)
+        places = [(i * SIDE, (wave - i) * SIDE) for i in range(first, end)]
+        here = i_B, wave - i_B
+        above_BRC = torch.stack(
+            [above_OO[:r, r : r + SIDE].T @ errors_OI[:r, c : c + SIDE] for r, c in places],
+        )
+        before_BRC = torch.stack(
+            [passed_OI[r : r + SIDE, :c] @ before_II[:c, c : c + SIDE] for r, c in places],
+        )
+        levels_BRC = tiles(
+            exact[here] - offset[here],
+            scale[here],
+            above_BRC,
+            before_BRC,
+            own_above[here[0]],
+            own_before[here[1]],
+            grid,
+        )
+        error_BRC = exact[here] - (levels_BRC * scale[here] + offset[here])
+        levels[here], errors[here] = levels_BRC, error_BRC
+        passed[here] = above_BRC + own_above[here[0]].mT @ error_BRC
     back_O, back_I = row_O.argsort(), column_I.argsort()
     found = FusedTensor.make(grid.encode(levels_OI[back_O][:, back_I]), fused.parts, grid)
     return min((fused, found), key=lambda one: error(weight_OI, one, felt))
 
 
-def tile(
-    weight_RC: Tensor, scale_RC: Tensor, above_RC: Tensor, before_RC: Tensor, above_RR: Tensor, before_CC: Tensor,
+def filled(values_OI: Tensor, by: float = 0.0) -> Tensor:
+    """With rows and columns added up to whole tiles."""
+    rows, columns = values_OI.shape
+    return F.pad(values_OI, (0, -columns % SIDE, 0, -rows % SIDE), value=by)
+
+
+def in_tiles(values_OI: Tensor) -> Tensor:
+    """A view [O / SIDE, I / SIDE, SIDE, SIDE]."""
+    return values_OI.unflatten(1, (-1, SIDE)).unflatten(0, (-1, SIDE)).transpose(1, 2)
+
+
+def tiles(
+    weight_BRC: Tensor, scale_BRC: Tensor, above_BRC: Tensor, before_BRC: Tensor, above_BRR: Tensor, before_BCC: Tensor,
     grid: Grid,
 ) -> Tensor:  # fmt: skip
-    """Levels [R, C] of a tile, given what (P^T E K) has of rows above it and of columns before it."""
-    rows, columns = weight_RC.shape
+    """Levels [B, R, C] of some tiles, given what (P^T E K) has of rows above them and of columns before them."""
+    rows, columns = weight_BRC.shape[1:]
     # Turned upside down, an antidiagonal is a diagonal: a stretch of rows beside a stretch of columns.
-    weight_RC, scale_RC, above_RC, before_RC = (each.flip(0) for each in (weight_RC, scale_RC, above_RC, before_RC))
-    above_RR = above_RR.flip(0, 1).T.contiguous().fill_diagonal_(0)
-    before_CC = before_CC.T.contiguous().fill_diagonal_(0)
-    levels_RC, passed_RC, errors_CR = (torch.zeros_like(each) for each in (weight_RC, weight_RC, weight_RC.T))
+    weight_BRC, scale_BRC, above_BRC, before_BRC = (
+        each.flip(1) for each in (weight_BRC, scale_BRC, above_BRC, before_BRC)
+    )
+    above_BRR = without_diagonal(above_BRR.flip(1, 2))
+    before_BCC = without_diagonal(before_BCC)
+    levels_BRC, passed_BRC, errors_BCR = (torch.zeros_like(each) for each in (weight_BRC, weight_BRC, weight_BRC.mT))
     for number in range(rows + columns - 1):
         first, end = max(0, rows - 1 - number), min(rows, rows - 1 - number + columns)
         down, along = slice(first, end), slice(first + number - rows + 1, end + number - rows + 1)
 
-        def diagonal(values_RC: Tensor, down: slice = down, along: slice = along) -> Tensor:
-            return values_RC[down, along].diagonal()
+        def diagonal(values_BRC: Tensor, down: slice = down, along: slice = along) -> Tensor:
+            return values_BRC[:, down, along].diagonal(dim1=1, dim2=2)
 
-        above_D = diagonal(above_RC) + (above_RR[down] * errors_CR[along]).sum(1)
-        before_D = diagonal(before_RC) + (passed_RC[down] * before_CC[along]).sum(1)
-        weight_D, scale_D = diagonal(weight_RC), diagonal(scale_RC)
-        level_D = grid.nearest((weight_D + above_D + before_D) / scale_D)
-        error_D = weight_D - level_D * scale_D
-        diagonal(levels_RC).copy_(level_D)
-        diagonal(errors_CR.T).copy_(error_D)
-        diagonal(passed_RC).copy_(error_D + above_D)
-    return levels_RC.flip(0)
+        above_BD = diagonal(above_BRC) + (above_BRR[:, down] * errors_BCR[:, along]).sum(2)
+        before_BD = diagonal(before_BRC) + (passed_BRC[:, down] * before_BCC[:, along]).sum(2)
+        weight_BD, scale_BD = diagonal(weight_BRC), diagonal(scale_BRC)
+        level_BD = grid.nearest((weight_BD + above_BD + before_BD) / scale_BD)
+        error_BD = weight_BD - level_BD * scale_BD
+        diagonal(levels_BRC).copy_(level_BD)
+        diagonal(errors_BCR.mT).copy_(error_BD)
+        diagonal(passed_BRC).copy_(error_BD + above_BD)
+    return levels_BRC.flip(1)
+
+
+def without_diagonal(unit_BKK: Tensor) -> Tensor:
+    """Their transposes, 0 where they have 1."""
+    found_BKK = unit_BKK.mT.contiguous()
+    found_BKK.diagonal(dim1=1, dim2=2).zero_()
+    return found_BKK
 
 
 def error(weight_OI: Tensor, fused: FusedTensor, felt: Felt) -> float:

@@ -29,6 +29,7 @@ RUNS = {
     "scales": "--grid w4g32-asym --method scales --start awq --calibration-blocks 4",
     "efficientqat": f"--grid w2g32 --method efficientqat {BLOCKS}",
 }
+MORE = ("experts of rounded tokens", "eval of rounded tokens", "continued", "ptq", "generate", "eval")
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +52,16 @@ def commands(models: dict[str, Path], text: Path, place: Path) -> dict[str, list
     words = {name: f"train {model} {train} {flags}" for name, flags in RUNS.items()}
     words["lrqat of a K-quant"] = f"train {models['wide']} {train} --grid q3_k"
     words["lrqat of experts"] = f"train {models['experts']} {train} --grid w4g32 --start gptq {BLOCKS}"
+    words["experts of rounded tokens"] = f"train {models['experts']} {train} --grid w4g32 --activations 8"
     words["continued"] = f"train {place / 'lrqat'} {train}"
     words["ptq"] = f"ptq {model} {short} --method gptq --grid w4g32-asym --calibration-blocks 4"
     words["generate"] = f"generate {model} --tokens 16 --length 8 --batch-size 2"
     made = {name: [*line.split(), "--out", str(place / name)] for name, line in words.items()}
-    return made | {"eval": f"eval {place / 'lrqat'} --text {text} --reference {model} --seq-len 32 --blocks 4".split()}
+    score = f"--text {text} --seq-len 32 --blocks 4"
+    return made | {
+        "eval": f"eval {place / 'lrqat'} --reference {model} {score}".split(),
+        "eval of rounded tokens": ["eval", str(place / "experts of rounded tokens"), *score.split()],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +80,7 @@ def found(
     return folder, dict(zip(there, json.loads(path.read_text()), strict=True))
 
 
-@pytest.mark.parametrize(
-    "name", [*RUNS, "lrqat of a K-quant", "lrqat of experts", "continued", "ptq", "generate", "eval"]
-)
+@pytest.mark.parametrize("name", [*RUNS, "lrqat of a K-quant", "lrqat of experts", *MORE])
 def test_no_operation_takes_operands_of_two_devices(found: tuple[Path, dict[str, str | None]], name: str) -> None:
     assert not found[1][name], found[1][name]
 

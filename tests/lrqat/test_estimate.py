@@ -49,6 +49,17 @@ def test_what_lives_from_step_to_step_is_predicted_to_the_byte(tiny_model_dir: P
     assert predicted["dense"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
 
 
+def test_a_gpu_must_hold_the_whole_model_before_it_is_packed(
+    tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--grid", "w4", "--batch-size", "1", "--seq-len", "8", "--gradient-checkpointing", "--json"]
+    plan_of = ["plan", str(tiny_model_dir), *small, "--optimizer", "adamw8bit", "--memory"]
+    whole = sum(p.nbytes for p in locate(str(tiny_model_dir)).model(torch.bfloat16).parameters())
+    assert main([*plan_of, "1T"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loading_gb"] == whole / 1e9 and found["peak_gb"] >= found["loading_gb"]
+
+
 @pytest.mark.parametrize("grid", ["w4g32", "w4"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_autograd_keeps_is_counted_without_data(tiny_model_dir: Path, dtype: str, grid: str) -> None:

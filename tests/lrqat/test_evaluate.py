@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,24 @@ def test_the_command_evaluates_a_fused_checkpoint_against_its_base(
     assert 0 < found["kl"] < 1 and 0 < found["top1"] <= 1 and found["perplexity"] > 1
     direct = evaluate_files(str(run / "fused"), str(tiny_model_dir), [str(text)], 64, None, "float32")
     assert found == {"model": str(run / "fused"), **direct.to_dict()}
+
+
+def test_the_reference_is_gone_when_the_model_is_loaded(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("Some words to be scored. " * 20)
+    made: list[weakref.ref[Any]] = []
+    load = evaluate.load_any
+
+    def loading(*given: Any) -> Any:
+        assert all(model() is None for model in made)
+        found = load(*given)
+        made.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(evaluate, "load_any", loading)
+    found = evaluate_files(str(tiny_model_dir), str(tiny_model_dir), [str(tmp_path / "a.txt")], 32, 2, "float32")
+    assert len(made) == 2 and found.kl == 0 and found.top1 == 1
 
 
 def test_the_command_takes_a_run_for_the_checkpoint_it_holds(
