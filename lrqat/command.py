@@ -28,7 +28,10 @@ def run(body: Callable[[], int]) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        complain(f"{str(error).split('.')[0]}; --gradient-checkpointing, --batch-size 1 and --downcast int take less")
+        complain(
+            f"{str(error).split('.')[0]}; a smaller --batch-size or --seq-len takes less, and in training "
+            "--gradient-checkpointing and --downcast int; `lrqat plan --memory` tells before"
+        )
         return 2
     except KeyboardInterrupt:
         if rank() == 0:

@@ -11,6 +11,7 @@ Logits exist for one block's chunk at a time.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -86,6 +87,8 @@ def remember(model: Any, blocks_NT: Tensor, path: Path) -> Remembered:
     """Run a model on all blocks, and keep its states in a file, which is made."""
     body, head = body_and_head(model)
     size, dtype = head.weight_VH.shape[1], next(body.parameters()).dtype
+    with open(path, "xb") as file:  # a full disk is an error now, not a crash when a page is written
+        os.posix_fallocate(file.fileno(), 0, blocks_NT.numel() * size * dtype.itemsize)
     flat = torch.from_file(str(path), shared=True, size=blocks_NT.numel() * size, dtype=dtype)
     states_NTH = flat.view(*blocks_NT.shape, size)
     for number, block_T in enumerate(bar(blocks_NT.to(head.weight_VH.device), "reference")):

@@ -41,13 +41,12 @@ def two_sided(weight_OI: Tensor, felt: Felt, fused: FusedTensor, damp: float, na
     # What is added to fill the last tiles up comes last, and nothing knows of it.
     above_OO = filled(unit_factor(felt.outputs_OO[row_O][:, row_O], damp, name))
     before_II = filled(unit_factor(felt.inputs_II[column_I][:, column_I], damp, name))
-    scale_OI = filled(affine.scale_OG[:, group_I], 1.0)
-    offset_OI = torch.zeros_like(scale_OI) if affine.offset_OG is None else filled(affine.offset_OG[:, group_I])
+    scale_DRG = in_rows(affine.scale_OG)
+    offset_DRG = torch.zeros_like(scale_DRG) if affine.offset_OG is None else in_rows(affine.offset_OG)
+    group_AC = F.pad(group_I, (0, -len(group_I) % SIDE)).view(-1, SIDE)
     exact_OI = filled(weight_OI.float()[row_O][:, column_I])
     levels_OI, errors_OI, passed_OI = (torch.zeros_like(exact_OI) for _ in range(3))  # passed: P^T E
-    scale, offset, exact, levels, errors, passed = map(
-        in_tiles, (scale_OI, offset_OI, exact_OI, levels_OI, errors_OI, passed_OI)
-    )
+    exact, levels, errors, passed = map(in_tiles, (exact_OI, levels_OI, errors_OI, passed_OI))
     own_above, own_before = (in_tiles(each).diagonal().permute(2, 0, 1) for each in (above_OO, before_II))
     down, along = exact.shape[:2]
     for wave in range(down + along - 1):  # tiles of one antidiagonal know nothing of each other, either
@@ -55,33 +54,29 @@ def two_sided(weight_OI: Tensor, felt: Felt, fused: FusedTensor, damp: float, na
         i_B = torch.arange(first, end, device=device)
         places = [(i * SIDE, (wave - i) * SIDE) for i in range(first, end)]
         here = i_B, wave - i_B
-        above_BRC = torch.stack(
-            [above_OO[:r, r : r + SIDE].T @ errors_OI[:r, c : c + SIDE] for r, c in places],
-        )
-        before_BRC = torch.stack(
-            [passed_OI[r : r + SIDE, :c] @ before_II[:c, c : c + SIDE] for r, c in places],
-        )
-        levels_BRC = tiles(
-            exact[here] - offset[here],
-            scale[here],
-            above_BRC,
-            before_BRC,
-            own_above[here[0]],
-            own_before[here[1]],
-            grid,
-        )
-        error_BRC = exact[here] - (levels_BRC * scale[here] + offset[here])
+        group_BRC = group_AC[here[1]][:, None].expand(-1, SIDE, -1)
+        scale_BRC, offset_BRC = (part_DRG[here[0]].gather(2, group_BRC) for part_DRG in (scale_DRG, offset_DRG))
+        above_BRC = torch.stack([above_OO[:r, r : r + SIDE].T @ errors_OI[:r, c : c + SIDE] for r, c in places])
+        before_BRC = torch.stack([passed_OI[r : r + SIDE, :c] @ before_II[:c, c : c + SIDE] for r, c in places])
+        above_BRR, before_BCC = own_above[here[0]], own_before[here[1]]
+        levels_BRC = tiles(exact[here] - offset_BRC, scale_BRC, above_BRC, before_BRC, above_BRR, before_BCC, grid)
+        error_BRC = exact[here] - (levels_BRC * scale_BRC + offset_BRC)
         levels[here], errors[here] = levels_BRC, error_BRC
-        passed[here] = above_BRC + own_above[here[0]].mT @ error_BRC
+        passed[here] = above_BRC + above_BRR.mT @ error_BRC
     back_O, back_I = row_O.argsort(), column_I.argsort()
     found = FusedTensor.make(grid.encode(levels_OI[back_O][:, back_I]), fused.parts, grid)
     return min((fused, found), key=lambda one: error(weight_OI, one, felt))
 
 
-def filled(values_OI: Tensor, by: float = 0.0) -> Tensor:
-    """With rows and columns added up to whole tiles."""
+def filled(values_OI: Tensor) -> Tensor:
+    """With rows and columns of zeros added up to whole tiles."""
     rows, columns = values_OI.shape
-    return F.pad(values_OI, (0, -columns % SIDE, 0, -rows % SIDE), value=by)
+    return F.pad(values_OI, (0, -columns % SIDE, 0, -rows % SIDE))
+
+
+def in_rows(part_OG: Tensor) -> Tensor:
+    """[O / SIDE, SIDE, G]: a grid's scales or offsets, 1 in rows that were added."""
+    return F.pad(part_OG, (0, 0, 0, -len(part_OG) % SIDE), value=1.0).unflatten(0, (-1, SIDE))
 
 
 def in_tiles(values_OI: Tensor) -> Tensor:
