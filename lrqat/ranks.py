@@ -70,6 +70,7 @@ def join() -> None:
 
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate changes the number
         PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        wait()  # for those that are still meeting: left at once by one that refuses something, they would fail
 
 
 def leave() -> None:

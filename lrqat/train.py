@@ -80,6 +80,7 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
         LrqatError: bad input, before any long work.
         Interrupted: stopped by Ctrl-C with a checkpoint written.
     """
+    passes(settings.gradient_accumulation)  # refused before processes meet: one that leaves at once would be missed
     join()
     summary = run(settings, resume)
     leave()
@@ -89,7 +90,6 @@ def train(settings: TrainSettings, resume: bool = False) -> dict[str, Any]:
 def run(settings: TrainSettings, resume: bool) -> dict[str, Any]:
     """`train` of one process among its like."""
     started = time.monotonic()
-    passes(settings.gradient_accumulation)  # refused before anything is read
     check_optimizer(settings.optimizer)
     out = Path(settings.out)
     if (out / "run.json").exists() and not resume:
