@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from lrqat.models import fused_tokenizer, locate
 from lrqat.rounding import Rounding, rounded_model
 
 CHUNK_TOKENS = 256
+WORDS = {2: torch.uint16, 4: torch.uint32}
 MOST_NATS = 709.0  # e^709 is near the end of float64
 
 
@@ -86,14 +88,46 @@ class Running(NamedTuple):
 def remember(model: Any, blocks_NT: Tensor, path: Path) -> Remembered:
     """Run a model on all blocks, and keep its states in a file, which is made."""
     body, head = body_and_head(model)
-    size, dtype = head.weight_VH.shape[1], next(body.parameters()).dtype
-    with open(path, "xb") as file:  # a full disk is an error now, not a crash when a page is written
-        os.posix_fallocate(file.fileno(), 0, blocks_NT.numel() * size * dtype.itemsize)
-    flat = torch.from_file(str(path), shared=True, size=blocks_NT.numel() * size, dtype=dtype)
-    states_NTH = flat.view(*blocks_NT.shape, size)
-    for number, block_T in enumerate(bar(blocks_NT.to(head.weight_VH.device), "reference")):
-        states_NTH[number] = hidden_states(body, block_T)
-    return Remembered(head, states_NTH)
+    dtype = next(body.parameters()).dtype
+    write_states(path, body, blocks_NT, head.weight_VH.shape[1], dtype, "reference")
+    return Remembered(head, read_states(path, dtype))
+
+
+def write_states(
+    path: Path,
+    body: Any,
+    blocks_NT: Tensor,
+    hidden_size: int,
+    dtype: torch.dtype,
+    label: str,
+    positions_NT: Tensor | None = None,
+) -> None:
+    """Write the final hidden states of all blocks: an .npy of unsigned words, [N, T, H] (numpy has no bfloat16).
+
+    Args:
+        path: the .npy file.
+        body: a model up to its final hidden states.
+        blocks_NT: int64 token ids.
+        hidden_size: H.
+        dtype: of the states.
+        label: of the progress.
+        positions_NT: of tokens in texts of their own; None: a block is one.
+    """
+    shape = (*blocks_NT.shape, hidden_size)
+    states_NTH = np.lib.format.open_memmap(path, mode="w+", dtype=f"u{dtype.itemsize}", shape=shape)
+    with open(path, "r+b") as file:  # a full disk is an error now, not a crash when a page is written
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    for number in bar(range(len(blocks_NT)), label):
+        place = next(body.parameters()).device
+        positions_T = None if positions_NT is None else positions_NT[number].to(place)
+        states_TH = hidden_states(body, blocks_NT[number].to(place), positions_T)
+        states_NTH[number] = states_TH.to(dtype).cpu().view(WORDS[dtype.itemsize]).numpy()
+    states_NTH.flush()
+
+
+def read_states(path: Path, dtype: torch.dtype) -> Tensor:
+    """What `write_states` wrote, [N, T, H], mapped, to be read: a private map would count as memory to be had."""
+    return torch.from_numpy(np.load(path, mmap_mode="r+", allow_pickle=False)).view(dtype)
 
 
 @torch.no_grad()
@@ -203,7 +237,7 @@ def evaluate_files(
         if reference is not None:
             check_words(f"--reference {reference}", tokenizer_of(reference), tokenizer)
             full = load_any(reference, getattr(torch, dtype), Rounding())[0]
-            other = remember(full, blocks_NT, Path(folder) / "states")
+            other = remember(full, blocks_NT, Path(folder) / "states.npy")
             del full
         model = load_any(source, getattr(torch, dtype), rounding)[0]
         if other is not None:

@@ -6,28 +6,23 @@ chunk by chunk, and so has the teacher's exact distribution over the whole vocab
 copy of the weights nor a teacher forward per step. docs/log.md has the measurement against a second forward
 through the un-rounded Phi0.
 
-The file is a memory-mapped .npy of unsigned words, the bits of the states (numpy has no bfloat16), [N, T, H].
+The file is what `lrqat.evaluate.write_states` writes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lrqat.console import bar
 from lrqat.errors import LrqatError
-from lrqat.evaluate import check_heads, check_words, hidden_states, load_any
+from lrqat.evaluate import check_heads, check_words, load_any, read_states, write_states
 from lrqat.fused import read_json, write_json
 from lrqat.losses import Head, body_and_head
 from lrqat.safestream import tensor_bytes
-
-WORDS = {2: torch.uint16, 4: torch.uint32}
 
 
 def cache_teacher(
@@ -54,16 +49,7 @@ def cache_teacher(
     if path.is_file() and stamp.is_file() and read_json(stamp).get("key") == key:
         return
     path.unlink(missing_ok=True)
-    shape = (*blocks_NT.shape, hidden_size)
-    states_NTH = np.lib.format.open_memmap(path, mode="w+", dtype=f"u{dtype.itemsize}", shape=shape)
-    with open(path, "r+b") as file:  # a full disk is an error now, not a crash when a page is written
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    for number in bar(range(len(blocks_NT)), "teacher"):
-        place = next(body.parameters()).device
-        positions_T = None if positions_NT is None else positions_NT[number].to(place)
-        states_TH = hidden_states(body, blocks_NT[number].to(place), positions_T)
-        states_NTH[number] = states_TH.to(dtype).cpu().view(WORDS[dtype.itemsize]).numpy()
-    states_NTH.flush()
+    write_states(path, body, blocks_NT, hidden_size, dtype, "teacher", positions_NT)
     write_json(stamp, {"key": key})
 
 
@@ -130,8 +116,7 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.order = range(len(blocks_NT)) if order is None else order.tolist()
         self.blocks_NT = blocks_NT
         self.beside = {"answers": answers_NT, "position_ids": positions_NT}
-        self.dtype = dtype
-        self.states_NTH = np.load(teacher, mmap_mode="r", allow_pickle=False) if teacher else None
+        self.states_NTH = read_states(teacher, dtype) if teacher else None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -141,5 +126,5 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         row = {"input_ids": self.blocks_NT[index]}
         row |= {name: tensor_NT[index] for name, tensor_NT in self.beside.items() if tensor_NT is not None}
         if self.states_NTH is not None:
-            row["teacher"] = torch.from_numpy(self.states_NTH[index].copy()).view(self.dtype)
+            row["teacher"] = self.states_NTH[index].clone()
         return row

@@ -15,13 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lrqat.command import run
 from lrqat.data import blocks
 from lrqat.errors import LrqatError
-from lrqat.evaluate import Remembered, load_any, score, words_of
+from lrqat.evaluate import Remembered, load_any, read_states, score, words_of
 from lrqat.jsonfile import read_json
 from lrqat.losses import body_and_head
 from lrqat.safestream import tensor_bytes
@@ -40,8 +39,7 @@ def figures(source: str, reference: str, text: str, seq_len: int, count: int, st
         body, head = body_and_head(other)
         cache_teacher(states, body, blocks_NT, head.weight_VH.shape[1], torch.float32, key)
     if (stamp := states.with_suffix(".json")).is_file() and read_json(stamp).get("key") == key:
-        bits_NTH = np.load(states, mmap_mode="c", allow_pickle=False)
-        known: Any = Remembered(body_and_head(other)[1], torch.from_numpy(bits_NTH).view(torch.float32))
+        known: Any = Remembered(body_and_head(other)[1], read_states(states, torch.float32))
     else:
         known = other
     model = other if source == reference else load_any(source, torch.float32)[0]

@@ -84,13 +84,11 @@ class Elsewhere(torch.Tensor):
 def execute(func: Any, *args: Any, **kwargs: Any) -> Any:
     """The operation on the values; what comes out lies where a GPU's would."""
     name = func._schema.name
-    check(name, args, kwargs)
     asked = None if kwargs.get("device") is None else torch.device(kwargs["device"])
+    check(name, args, kwargs, made_there=asked is not None and asked.type == NAME)
     there = {id(t.raw): t for t in tree_iter((args, kwargs)) if isinstance(t, Elsewhere)}
     stays = asked.type == NAME if asked else isinstance(args[0], Elsewhere) if name == "aten::copy_" else there
     if asked and stays:
-        if kwargs.get("generator") is not None:
-            raise RuntimeError(f"{name}: a generator of the CPU for a tensor elsewhere")
         kwargs["device"] = torch.device("cpu")
 
     def unwrapped(value: Any) -> Any:
@@ -107,11 +105,11 @@ def execute(func: Any, *args: Any, **kwargs: Any) -> Any:
     return tree_map(wrapped, result) if stays else result
 
 
-def check(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def check(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], made_there: bool) -> None:
     """Refuse operands on two devices, and a CPU generator for what lies there."""
     tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
     there = [t for t in tensors if isinstance(t, Elsewhere)]
-    if there and isinstance(kwargs.get("generator"), torch.Generator):
+    if (there or made_there) and isinstance(kwargs.get("generator"), torch.Generator):
         raise RuntimeError(f"{name}: a generator of the CPU for a tensor elsewhere")
     if not there or name in COPIES:
         return
