@@ -24,6 +24,7 @@ from lrqat.models import locate
 from lrqat.ptq import quantize
 from serve import bench, bench_cli, layout, meter
 from serve.running import start
+from tests.serve.processes import ended
 
 pytest.importorskip("xllamacpp", reason="pip install 'lrqat[llamacpp]'")
 
@@ -212,4 +213,4 @@ def test_a_server_that_is_killed_in_the_middle_ends_the_bench_and_the_other_serv
         assert process.wait(timeout=SECONDS) == 2
     assert rest[-1].startswith("error: ") and "llama.cpp was killed by SIGKILL" in rest[-1]
     _, alive = psutil.wait_procs(found, timeout=SECONDS)
-    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert all(map(ended, alive))

@@ -24,6 +24,7 @@ from lrqat.grids.affine import AffineGrid
 from lrqat.ptq import rtn
 from serve import vllm_logprobs
 from serve.parity import INT8_SCHEME
+from tests.serve.processes import ended
 
 # Mean KL(HF in float32 || vLLM in float16) of the model below: measured 6.5e-6 (w4g32) and 7.2e-6 (w4), the
 # rounding of activations and logits to 11 bits. 16 rows x 32 columns with the wrong sign in one layer: 4.5e-2.
@@ -342,9 +343,9 @@ def test_killed_itself_it_leaves_no_child(tmp_path: Path) -> None:
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
+        child = psutil.Process(int((tmp_path / "pid").read_text()))
         process.kill()
-    child = int((tmp_path / "pid").read_text())
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+    while not ended(child):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
