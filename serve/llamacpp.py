@@ -87,6 +87,17 @@ class LlamaCpp:
         llama, ggml = (getattr(self._lib, name)().decode() for name in ("llama_version", "ggml_version"))
         return f"llama.cpp {llama} (ggml {ggml}, xllamacpp {XLLAMACPP})"
 
+    @property
+    def eos(self) -> int:
+        """The id that ends a text; -1 without one."""
+        return int(self._lib.llama_vocab_eos(self._vocab))
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja that conversations are put through."""
+        template = self._lib.llama_model_chat_template(self._model, None)
+        return None if template is None else str(template.decode())
+
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         """Token ids; special tokens in the text are recognized, as Hugging Face tokenizers do.
 

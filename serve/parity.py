@@ -62,7 +62,7 @@ class Runtime:
     write: Callable[[FusedCheckpoint, Path], Path]
     write_exact: Callable[[FusedCheckpoint, Path], Path]
     logits: Callable[[Path, list[list[int]], Path, bool], tuple[str, list[np.ndarray]]]
-    tokenize: Callable[[Path, str], list[int]] | None
+    tokenizes_like: Callable[[Path, Any], bool] | None  # None: it takes the tokenizer's own files
 
 
 def llamacpp(threads: int) -> Runtime:
@@ -78,9 +78,16 @@ def llamacpp(threads: int) -> Runtime:
                 found.append(np.load(target, mmap_mode="r"))
             return model.build, found
 
-    def tokenize(path: Path, text: str) -> list[int]:
+    def tokenizes_like(path: Path, tokenizer: Any) -> bool:
+        """HARD_TEXT has the same ids; so has the end of a text, where there is one; chats have the same template."""
+        template = tokenizer.chat_template
+        template = template.get("default") if isinstance(template, dict) else template
         with LlamaCpp(path, 8, threads) as model:
-            return model.tokenize(text, add_special=True)
+            return (
+                model.tokenize(HARD_TEXT, add_special=True) == tokenizer(HARD_TEXT)["input_ids"]
+                and tokenizer.eos_token_id in (model.eos, None)
+                and template == model.chat_template
+            )
 
     return Runtime(
         "llama.cpp",
@@ -90,7 +97,7 @@ def llamacpp(threads: int) -> Runtime:
         lambda checkpoint, folder: gguf.write(checkpoint, folder / "requantized.gguf"),
         lambda checkpoint, folder: gguf.write(checkpoint, folder / "f32.gguf", dequantized=True),
         logits,
-        tokenize,
+        tokenizes_like,
     )
 
 
@@ -213,8 +220,8 @@ def certify(
     equal, total, differing = count_equal(as_stored(checkpoint, detect(exported)), runtime.read(exported))
     tokenizer = fused_tokenizer(checkpoint)
     sequences = blocks(texts, tokenizer, length, count).tolist()
-    if runtime.tokenize:
-        tokens_equal = runtime.tokenize(exported, HARD_TEXT) == tokenizer(HARD_TEXT)["input_ids"]
+    if runtime.tokenizes_like:
+        tokens_equal = runtime.tokenizes_like(exported, tokenizer)
     else:
         tokens_equal = tokenizer_files(read_assets(exported)) == tokenizer_files(checkpoint.assets)
     with tempfile.TemporaryDirectory(prefix="lrqat-parity-") as folder:
@@ -241,7 +248,7 @@ def certify(
             for number, ids in enumerate(sequences):
                 comparison.add(expected[number], found[number], ids)
             figures = comparison.figures()
-            if runtime.tokenize is None:
+            if runtime.tokenizes_like is None:
                 figures["relative_l2"] = math.nan  # vLLM gives log-probabilities, which have another norm
                 limits = replace(limits, relative_l2=math.inf)
             return build, {"figures": figures, "limits": asdict(limits), "passed": within(figures, limits)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import gguf_reader as reader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from exporters import gguf
@@ -20,7 +22,7 @@ from lrqat.ptq import rtn
 
 pytest.importorskip("xllamacpp", reason="pip install 'lrqat[llamacpp]'")
 
-from serve import llama_abi, llamacpp
+from serve import llama_abi, llamacpp, parity
 from serve.llamacpp import LlamaCpp
 
 # float32 noise: 2 layers of sums over at most 512 terms, 2^-24 * sqrt(512) each, with room for the softmax.
@@ -173,6 +175,23 @@ def test_a_vocabulary_on_which_llama_cpp_would_abort_is_refused(runtime: LlamaCp
     path.write_bytes(data.replace(b"[PAD446]", b"e\0AD446]", 1))
     with pytest.raises(LrqatError, match=r"twice\.gguf: token 'e' occurs twice"):
         LlamaCpp(path)
+
+
+def test_a_file_tokenizes_like_its_model_unless_texts_end_or_chats_are_put_otherwise(
+    runtime: LlamaCpp, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    like = parity.llamacpp(threads=1).tokenizes_like
+    assert like is not None and like(runtime.path, tiny_tokenizer)
+    changed = shutil.copy(runtime.path, tmp_path / "ends.gguf")
+    field = reader.GGUFReader(changed, "r+").fields["tokenizer.ggml.eos_token_id"]
+    field.parts[field.data[0]][0] -= 1
+    field.parts[field.data[0]].base.flush()
+    assert not like(changed, tiny_tokenizer)
+    template = tiny_tokenizer.chat_template.encode()
+    content = runtime.path.read_bytes()
+    assert content.count(template) == 1
+    changed.write_bytes(content.replace(template, template.replace(b"message in", b"massage in")))
+    assert not like(changed, tiny_tokenizer)
 
 
 def test_another_release_of_xllamacpp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
