@@ -43,7 +43,7 @@ from lrqat.plan import Plan
 from lrqat.ranges import start
 from lrqat.rounding import Rounding
 from lrqat.settings import Beginning, TrainSettings
-from lrqat.sites import LINEAR, TRAINED, Site, origins
+from lrqat.sites import TRAINED, Site, origins
 from lrqat.starts.awq import awq_fold
 from lrqat.starts.codes import rounded
 from lrqat.starts.fold import LlamaLayer
@@ -71,8 +71,8 @@ def check_layers(model: Any, beginning: Beginning) -> None:
 
 
 def uncalibrated(plan: Plan, beginning: Beginning) -> dict[str, int]:
-    """For the provenance: how many planned weights GPTQ and AWQ leave to rounding to nearest (experts, embeddings)."""
-    left = sum(plan.sites[name].kind != LINEAR for name in plan.grids) if beginning.calibrated else 0
+    """For the provenance: how many planned weights GPTQ and AWQ leave to rounding to nearest (the head, embeddings)."""
+    left = sum(plan.sites[name].kind not in TRAINED for name in plan.grids) if beginning.calibrated else 0
     return {"rounded_to_nearest": left} if left else {}
 
 
@@ -80,10 +80,10 @@ def tell_uncalibrated(plan: Plan, beginning: Beginning) -> dict[str, int]:
     """`uncalibrated`, told in the log too."""
     found = uncalibrated(plan, beginning)
     if found:
-        linear = sum(math.prod(plan.sites[name].shape) for name in plan.grids if plan.sites[name].kind == LINEAR)
+        own = sum(math.prod(plan.sites[name].shape) for name in plan.grids if plan.sites[name].kind in TRAINED)
         log(
             f"{beginning.method} works on linear layers; {found['rounded_to_nearest']} of {len(plan.grids)} weights, "
-            f"{1 - linear / plan.weights:.0%} of all numbers, are rounded to nearest"
+            f"{1 - own / plan.weights:.0%} of all numbers, are rounded to nearest"
         )
     return found
 
@@ -253,7 +253,7 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
     def gptq(walk: Walk, number: int, x_NTH: Tensor, y_NTH: Tensor) -> dict[str, Tensor]:
         begun = gptq_layer(model, plan, walk, number, x_NTH, y_NTH, settings.range_p, leave=False)
         parts.update({name: each.parts for name, each in begun.items()})
-        return {plan.sites[name].origin.parameter: each.weight_OI for name, each in begun.items()}
+        return {name: each.weight_OI for name, each in begun.items()}
 
     errors = block_ap(
         model,

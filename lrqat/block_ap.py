@@ -90,7 +90,7 @@ def block_ap(
         make: as in `swap`.
         settings: of the training.
         begin: called with the walk, a layer's number, a copy of x_k, and y_k, which it makes y_{k+1}; returns the
-            weights that the layer is to begin with, by parameter, for example GPTQ's W' (`gptq_layer`). Not called for
+            weights that the layer is to begin with, by site, for example GPTQ's W' (`gptq_layer`). Not called for
             a layer that is read from its file: there `make` may begin anywhere, what it made is overwritten.
         finish: what becomes of each trained quantizer.
         folder: holds a file for each finished layer; None: nothing is kept.
@@ -115,7 +115,8 @@ def block_ap(
         if walk:
             if begin and trains:
                 for name, weight_OI in begin(walk, number, student_NTH.clone(), teacher_NTH).items():
-                    model.get_parameter(name).data.copy_(weight_OI)
+                    origin = plan.sites[name].origin
+                    origin.of(model.get_parameter(origin.parameter).data).copy_(weight_OI)
             else:
                 walk.run(number, teacher_NTH, teacher_NTH)
         swap(model, plans[number], make)

@@ -8,11 +8,14 @@ order of transformers' eager implementation; the router stays outside.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lrqat.sites import EXPERT, Site
 
 
 class QuantExperts(nn.Module):
@@ -49,3 +52,56 @@ class QuantExperts(nn.Module):
             found = down(self.act_fn(gate(x)) * up(x)) * top_k_weights[token, slot, None]
             y_TH.index_add_(0, token, found.to(y_TH.dtype))
         return y_TH
+
+
+def split_experts(module: Any, sites: Sequence[Site], make: Callable[[Site, Tensor], nn.Module]) -> QuantExperts:
+    """The experts of one module, each matrix in the layer that `make` gives for its site and a view of it [O, I]."""
+    experts: list[dict[str, nn.Module]] = [{} for _ in range(module.num_experts)]
+    roles: dict[tuple[str, int | None], str] = {}
+    for site in sites:
+        origin = site.origin
+        own = origin.parameter.rpartition(".")[2]
+        assert origin.expert is not None
+        experts[origin.expert][leaf(site)] = make(site, origin.of(module.get_parameter(own)).detach())
+        roles[own, origin.half] = leaf(site)
+    names = (roles["gate_up_proj", 0], roles["gate_up_proj", 1], roles["down_proj", None])
+    return QuantExperts(experts, names, module.act_fn)
+
+
+@contextmanager
+def experts_apart(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Site]]:
+    """Within, experts in 3-D parameters are linear layers, whose weights are views of them.
+
+    Args:
+        model: holds the sites.
+        sites: linear layers and experts, of an expert all that its module has.
+
+    Yields the sites by the names of the modules that hold them meanwhile.
+    """
+    together: dict[str, list[Site]] = {}
+    found = {}
+    for site in sites:
+        path = site.origin.parameter.rpartition(".")[0]
+        if site.kind == EXPERT:
+            together.setdefault(path, []).append(site)
+            path = f"{path}.{site.origin.expert}.{leaf(site)}"
+        found[path] = site
+    with ExitStack() as after:
+        for path, held in together.items():
+            module = model.get_submodule(path)
+            after.callback(model.set_submodule, path, module)
+            model.set_submodule(path, split_experts(module, held, lambda _, weight_OI: linear(weight_OI)))
+        yield found
+
+
+def linear(weight_OI: Tensor) -> nn.Linear:
+    """A frozen layer with this very tensor."""
+    rows, columns = weight_OI.shape
+    layer = nn.Linear(columns, rows, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    return layer
+
+
+def leaf(site: Site) -> str:
+    """The last part of an expert's name in checkpoints: gate_proj, w1."""
+    return site.name.removesuffix(".weight").rpartition(".")[2]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqat.console import bar, log
-from lrqat.experts import QuantExperts
+from lrqat.experts import linear, split_experts
 from lrqat.fused import FusedCheckpoint, FusedSpec, FusedTensor, Lazy, Spec, config_dtype
 from lrqat.grid import EvenGrid, Grid
 from lrqat.memory import return_freed_memory
@@ -61,7 +61,12 @@ def swap(model: nn.Module, plan: Plan, make: Make) -> None:
 
         site = modules[path][0]
         if site.kind == EXPERT:
-            model.set_submodule(path, split_experts(module, modules[path], plan, quantizer))
+
+            def layer(site: Site, weight_OI: Tensor) -> nn.Module:
+                planned = site.name in plan.grids
+                return QuantLinear(quantizer(site, weight_OI), None) if planned else linear(weight_OI.clone())
+
+            model.set_submodule(path, split_experts(module, modules[path], layer))
         elif site.kind == LINEAR:
             weight_OI = module.weight.detach()
             made = quantizer(site, weight_OI)
@@ -77,28 +82,6 @@ def swap(model: nn.Module, plan: Plan, make: Make) -> None:
 def same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are views of one storage."""
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-
-
-def split_experts(
-    module: Any, sites: list[Site], plan: Plan, quantizer: Callable[[Site, Tensor], WeightQuantizer]
-) -> QuantExperts:
-    """The experts of one module, each matrix quantized or, where the plan leaves it dense, a linear layer."""
-    experts: list[dict[str, nn.Module]] = [{} for _ in range(module.num_experts)]
-    roles: dict[tuple[str, int | None], str] = {}
-    for site in sites:
-        origin, leaf = site.origin, site.name.removesuffix(".weight").rpartition(".")[2]
-        weight_OI = origin.of(module.get_parameter(origin.parameter.rpartition(".")[2])).detach()
-        if site.name in plan.grids:
-            layer: nn.Module = QuantLinear(quantizer(site, weight_OI), None)
-        else:
-            rows, columns = weight_OI.shape
-            layer = nn.Linear(columns, rows, bias=False, device="meta").requires_grad_(False)
-            layer.weight = nn.Parameter(weight_OI.clone(), requires_grad=False)
-        assert origin.expert is not None
-        experts[origin.expert][leaf] = layer
-        roles[origin.parameter.rpartition(".")[2], origin.half] = leaf
-    names = (roles["gate_up_proj", 0], roles["gate_up_proj", 1], roles["down_proj", None])
-    return QuantExperts(experts, names, module.act_fn)
 
 
 def quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:

@@ -20,13 +20,14 @@ output is just added to the residual stream, what attention reads (q, k, v) has 
 an error there, and one of outputs beside it (`lrqat.starts.felt`), with which it is rounded once more
 (`lrqat.starts.two_sided`).
 Memory is the model, one decoder layer twice more, two sets of hidden states, and up to five [I, I] of one input, shared
-by matrices that share it; or two, and one more beside [O, O] for each of q, k, v. Experts in 3-D parameters, the head
-and the embeddings are left to the range search.
+by matrices that share it; or two, and one more beside [O, O] for each of q, k, v; or one for each expert's inputs and
+one for what is inside of it. The head and the embeddings are left to the range search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,12 @@ from torch import Tensor, nn
 
 from lrqat import kept
 from lrqat.console import bar
+from lrqat.experts import experts_apart
 from lrqat.fused import FusedTensor
 from lrqat.grid import Grid, Parts
 from lrqat.plan import Plan
 from lrqat.ranges import row_tiles, start
-from lrqat.sites import LINEAR, Site
+from lrqat.sites import TRAINED, Site
 from lrqat.starts.codes import Start, nearest, start_from
 from lrqat.starts.descent import descend
 from lrqat.starts.factor import inverse_factor
@@ -90,14 +92,15 @@ def gptq_model(
         if path and path.is_file():
             begun = load_layer(path, key, walk.device)
             walk.run(number, y_NTH, y_NTH)
-            with holding(quantized_weights(model, plan, begun)):
+            with apart(model, plan, walk, number) as sites, holding(quantized_weights(model, plan, sites, begun)):
                 walk.run(number, x_NTH, x_NTH)
         else:
             begun = gptq_layer(model, plan, walk, number, x_NTH, y_NTH, p, damp=damp)
             if path:
                 save_layer(begun, path, key)
         for name, (adjusted_OI, parts) in begun.items():
-            model.get_parameter(plan.sites[name].origin.parameter).data.copy_(adjusted_OI)
+            origin = plan.sites[name].origin
+            origin.of(model.get_parameter(origin.parameter).data).copy_(adjusted_OI)
             found[name] = parts
     return found
 
@@ -129,41 +132,53 @@ def gptq_layer(
         damp: as in `gptq_model`.
         leave: whether x_NTH is wanted afterwards.
     """
-    sites = {module_path(site): site for site in layer_sites(plan, f"{walk.name}.{number}")}
     done: dict[nn.Linear, Tensor] = {}
     found = {}
-    both = halves(walk, number, y_NTH[:1], list(sites))
-    for half in both:
-        for stage in half.stages:
-            sums = gather(half, stage, x_NTH, y_NTH, done, last=stage is half.stages[-1])
-            behind = {}
-            if half.end is not None and stage.whole and stage.stream is None:  # what attention reads
-                path = next(iter(stage.modules))
-                behind = felt(half, stage, x_NTH, inverse_factor(sums[path].hessian_II, damp, path))
-            for path, module in stage.modules.items():
-                name, weight_OI = sites[path].name, module.weight.data
-                target_OI = sums[path].target(weight_OI).to(weight_OI.dtype)
-                hessian_II = behind[path].inputs_II if path in behind else sums[path].hessian_II
-                fused = gptq(target_OI, hessian_II, plan.grids[name], p, damp=damp, name=name)
-                fused = descend(target_OI, hessian_II, fused, damp)
-                if path in behind:
-                    fused = two_sided(target_OI, behind[path], fused, damp, name)
-                found[name] = start_from(target_OI, fused, name)
-                done[module] = fused.dequantize().to(weight_OI)
-        if not half.stages:
-            half.run(y_NTH)
-        if leave or half is not both[-1]:
-            with holding(done):
-                half.run(x_NTH)
+    with apart(model, plan, walk, number) as sites:
+        both = halves(walk, number, y_NTH[:1], list(sites))
+        for half in both:
+            for stage in half.stages:
+                sums = gather(half, stage, x_NTH, y_NTH, done, last=stage is half.stages[-1])
+                behind = {}
+                if half.end is not None and stage.whole and stage.stream is None:  # what attention reads
+                    path = next(iter(stage.modules))
+                    behind = felt(half, stage, x_NTH, inverse_factor(sums[path].hessian_II, damp, path))
+                for path, module in stage.modules.items():
+                    name, weight_OI = sites[path].name, module.weight.data
+                    target_OI = sums[path].target(weight_OI).to(weight_OI.dtype)
+                    hessian_II = behind[path].inputs_II if path in behind else sums[path].hessian_II
+                    fused = gptq(target_OI, hessian_II, plan.grids[name], p, damp=damp, name=name)
+                    fused = descend(target_OI, hessian_II, fused, damp)
+                    if path in behind:
+                        fused = two_sided(target_OI, behind[path], fused, damp, name)
+                    found[name] = start_from(target_OI, fused, name)
+                    done[module] = fused.dequantize().to(weight_OI)
+            if not half.stages:
+                half.run(y_NTH)
+            if leave or half is not both[-1]:
+                with holding(done):
+                    half.run(x_NTH)
     return found
 
 
-def quantized_weights(model: Any, plan: Plan, begun: Mapping[str, Start]) -> dict[nn.Linear, Tensor]:
+@contextmanager
+def apart(model: Any, plan: Plan, walk: Walk, number: int) -> Iterator[dict[str, Site]]:
+    """The planned linear layers and experts of a decoder layer, by the names of the modules that they are within."""
+    prefix = f"{walk.name}.{number}."
+    inside = [site for site in plan.sites.values() if site.origin.parameter.startswith(prefix) and site.kind in TRAINED]
+    with experts_apart(model, inside) as found:
+        yield {path: site for path, site in found.items() if site.name in plan.grids}
+
+
+def quantized_weights(
+    model: Any, plan: Plan, sites: Mapping[str, Site], begun: Mapping[str, Start]
+) -> dict[nn.Linear, Tensor]:
     """Of a finished layer's modules: their quantized weights."""
     found: dict[nn.Linear, Tensor] = {}
-    for name, (adjusted_OI, parts) in begun.items():
-        module: Any = model.get_submodule(module_path(plan.sites[name]))
-        found[module] = nearest(adjusted_OI, parts, plan.grids[name]).to(adjusted_OI)
+    for path, site in sites.items():
+        module: Any = model.get_submodule(path)
+        adjusted_OI, parts = begun[site.name]
+        found[module] = nearest(adjusted_OI, parts, plan.grids[site.name]).to(adjusted_OI)
     return found
 
 
@@ -184,20 +199,6 @@ def load_layer(path: Path, key: str, device: torch.device) -> dict[str, Start]:
             else:
                 weights[name] = values.to(device)
     return {name: Start(weight_OI, parts[name]) for name, weight_OI in weights.items()}
-
-
-def layer_sites(plan: Plan, layer: str) -> list[Site]:
-    """The planned linear layers inside one decoder layer."""
-    return [
-        site
-        for name, site in plan.sites.items()
-        if name in plan.grids and site.kind == LINEAR and site.origin.parameter.startswith(f"{layer}.")
-    ]
-
-
-def module_path(site: Site) -> str:
-    """The name of the module that holds a site."""
-    return site.origin.parameter.rpartition(".")[0]
 
 
 @torch.no_grad()

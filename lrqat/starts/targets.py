@@ -7,9 +7,8 @@
 
 Rounding V instead of W takes back what earlier layers have lost, as far as this layer's inputs can tell it: GPTAQ's
 asymmetric calibration (arXiv 2504.02692), in closed form, and with the residual stream, which that leaves out. Stages
-(`lrqat.starts.stages`) come one after the other, so that each sees what those before it have become. Experts that are
-linear layers, which see some of the tokens, may see others once routers differ: they keep W, and come last. Experts in
-3-D parameters are not rounded yet in x: what they lose is not made up for.
+(`lrqat.starts.stages`) come one after the other, so that each sees what those before it have become. Experts, which see
+some of the tokens, may see others once routers differ: they keep W, and come last.
 
 The fewer the tokens for each input, the more V fits what is theirs alone: lambda falls with T / I.
 
@@ -160,15 +159,26 @@ def arriving(half: Half, path: str, module: nn.Linear, stream: nn.Module | None)
 
 
 def _scattered(half: Half, stage: Stage, x_NTH: Tensor, quantized: Mapping[nn.Linear, Tensor]) -> dict[str, Sums]:
-    """Hessians alone. Of a layer that no token reaches: of inputs that know nothing of each other."""
+    """Hessians alone, one for layers that are called in turn with one tensor, as gate and up of an expert.
+
+    Of a layer that no token reaches: of inputs that know nothing of each other.
+    """
     sums: dict[str, Tensor] = {}
+    own: dict[str, str] = {}  # of each layer: the one whose sums are its
+    last: tuple[Tensor | None, str] = (None, "")
 
     def add(path: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x_TI = arguments[0].flatten(0, -2).float()
-            if path not in sums:
-                sums[path] = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1])
-            sums[path].addmm_(x_TI.T, x_TI)
+            nonlocal last
+            whose = last[1] if arguments[0] is last[0] else path
+            if own.setdefault(path, whose) != whose:
+                raise LrqatError(f"{path}: shares its input at one time and not at another; leave it out by --skip")
+            last = arguments[0], whose
+            if whose == path:
+                x_TI = arguments[0].flatten(0, -2).float()
+                if path not in sums:
+                    sums[path] = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1])
+                sums[path].addmm_(x_TI.T, x_TI)
 
         return hook
 
@@ -178,7 +188,9 @@ def _scattered(half: Half, stage: Stage, x_NTH: Tensor, quantized: Mapping[nn.Li
         for x_TH in x_NTH:
             half.call(x_TH[None])
     tokens = x_NTH.shape[0] * x_NTH.shape[1]
+    for each in sums.values():
+        each /= tokens
     return {
-        path: Sums(sums[path] / tokens if path in sums else torch.eye(module.in_features, device=module.weight.device))
+        path: Sums(sums[own[path]] if path in own else torch.eye(module.in_features, device=module.weight.device))
         for path, module in stage.modules.items()
     }

@@ -143,18 +143,21 @@ def test_experts_apart_compute_what_experts_together_do(model_type: str) -> None
     assert torch.equal(logits(apart), logits(model))
 
 
-def test_a_calibrated_start_says_that_it_leaves_experts_to_rounding(capsys: pytest.CaptureFixture[str]) -> None:
-    decided = plan(tiny("qwen3_moe"), Assignment.make(Grid.parse("w4g32")))
-    experts = sum(".experts." in name for name in decided.grids)
-    assert 0 < experts < len(decided.grids)
+def test_a_calibrated_start_says_that_it_leaves_the_head_and_embeddings_to_rounding(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both = ("lm_head=w8g32", "embed_tokens=w4g32")
+    decided = plan(tiny("qwen3_moe", tie_word_embeddings=False), Assignment.make(Grid.parse("w4g32"), both))
+    assert sum(".experts." in name for name in decided.grids) > 0
     gptq = Beginning("gptq", data=("text",), blocks=2)
-    assert tell_uncalibrated(decided, gptq) == {"rounded_to_nearest": experts}
-    numbers = sum(math.prod(decided.sites[name].shape) for name in decided.grids if ".experts." in name)
-    told = f"{experts} of {len(decided.grids)} weights, {numbers / decided.weights:.0%} of all numbers, are rounded"
+    assert tell_uncalibrated(decided, gptq) == {"rounded_to_nearest": 2}
+    numbers = sum(math.prod(decided.sites[name].shape) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    told = f"2 of {len(decided.grids)} weights, {numbers / decided.weights:.0%} of all numbers, are rounded"
     assert told in capsys.readouterr().err
     assert tell_uncalibrated(decided, Beginning()) == {}
-    dense = plan(tiny("llama"), Assignment.make(Grid.parse("w4g32")))
-    assert tell_uncalibrated(dense, gptq) == {} and not capsys.readouterr().err
+    for name in ("llama", "qwen3_moe"):
+        own = plan(tiny(name), Assignment.make(Grid.parse("w4g32")))
+        assert tell_uncalibrated(own, gptq) == {} and not capsys.readouterr().err
 
 
 def test_a_mixture_trains_fuses_and_reloads(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from lrqat.errors import LrqatError
 from lrqat.grid import Grid
 from lrqat.plan import plan
 from lrqat.ptq import rtn
+from lrqat.sites import LINEAR
 from lrqat.starts.codes import rounded
-from lrqat.starts.gptq import gptq_layer, layer_sites, module_path
+from lrqat.starts.gptq import gptq_layer
 from lrqat.starts.stages import Half, Stage, halves, holding, residual_streams, see
 from lrqat.starts.targets import RIDGE, Sums, gather, regression
 from lrqat.starts.walk import Walk
@@ -49,9 +50,10 @@ def tokens(count: int = 4) -> Tensor:
 
 
 def linear(model: Any, number: int = 1) -> list[str]:
-    """Names of a decoder layer's planned modules."""
+    """Names of a decoder layer's planned linear modules."""
     decided = plan(model, Assignment.make(Grid.parse("w4g16")))
-    return [module_path(site) for site in layer_sites(decided, f"model.layers.{number}")]
+    parameters = [decided.sites[name].origin.parameter for name in decided.grids if decided.sites[name].kind == LINEAR]
+    return [name.rpartition(".")[0] for name in parameters if name.startswith(f"model.layers.{number}.")]
 
 
 def staged(walk: Walk, number: int, states_NTH: Tensor, paths: list[str]) -> list[tuple[Half, Stage]]:
