@@ -13,6 +13,10 @@ are, at few bits. Rows do not know of each other, and sum e^2 over the columns i
 (w - w^) (H + damp mean(diag H)) (w - w^)^T. So every row is rounded in each of some RANGES, and the best is kept.
 Inputs that never fire come last and do not count.
 
+Known from T tokens H errs by some sqrt(I / T) of its size, and what is made up for along directions that it has seen
+too little of is lost on other text. So that much is added to it in place of the paper's .01, with which outputs of few
+tokens, as an expert has, are worse than behind rounding to nearest.
+
 Decoder layers come one after the other, and inside of them one input after the other. What is rounded is not W, but the
 weight that gives the full-precision model's outputs behind all that has been rounded before (`lrqat.starts.targets`).
 Behind the pass over its columns, codes and ranges descend further (`lrqat.starts.descent`). Where attention's
@@ -26,6 +30,7 @@ one for what is inside of it. The head and the embeddings are left to the range 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +57,7 @@ from lrqat.starts.two_sided import two_sided
 from lrqat.starts.walk import Walk
 
 BLOCK = 128
-DAMP = 0.01
+DAMP = 0.01  # where nothing is known of tokens
 RANGES = (1.1, 1.0, 0.92, 0.84, 0.77, 0.7, 0.64, 0.58, 0.52)  # shares of the range that the search has found
 AT_ONCE = 1 << 24  # numbers of a float32 temporary: rows, in all ranges, times columns
 GPU_AT_ONCE = 1 << 27  # there a column costs its launches, of however many rows it is
@@ -65,7 +70,6 @@ def gptq_model(
     blocks_NT: Tensor,
     p: float | None,
     *,
-    damp: float = DAMP,
     folder: Path | None = None,
     key: str = "",
 ) -> dict[str, dict[str, Tensor]]:
@@ -78,7 +82,6 @@ def gptq_model(
         plan: which matrices, on which grids.
         blocks_NT: calibration tokens; the more, the better: twenty for each input of the widest matrix at least.
         p: exponent of the range search.
-        damp: share of the mean of diag H that is added to it.
         folder: holds a file for each finished layer, so that an interrupted run goes on behind the last; None: nothing
             is kept.
         key: identifies model, data and settings; files under another key are refused.
@@ -95,7 +98,7 @@ def gptq_model(
             with apart(model, plan, walk, number) as sites, holding(quantized_weights(model, plan, sites, begun)):
                 walk.run(number, x_NTH, x_NTH)
         else:
-            begun = gptq_layer(model, plan, walk, number, x_NTH, y_NTH, p, damp=damp)
+            begun = gptq_layer(model, plan, walk, number, x_NTH, y_NTH, p)
             if path:
                 save_layer(begun, path, key)
         for name, (adjusted_OI, parts) in begun.items():
@@ -115,7 +118,6 @@ def gptq_layer(
     y_NTH: Tensor,
     p: float | None,
     *,
-    damp: float = DAMP,
     leave: bool = True,
 ) -> dict[str, Start]:
     """`gptq_model` of one decoder layer, whose weights stay as they are.
@@ -129,7 +131,6 @@ def gptq_layer(
             to leave it, else something in between.
         y_NTH: states in front of it in the full-precision model; become those behind it.
         p: exponent of the range search.
-        damp: as in `gptq_model`.
         leave: whether x_NTH is wanted afterwards.
     """
     done: dict[nn.Linear, Tensor] = {}
@@ -142,10 +143,11 @@ def gptq_layer(
                 behind = {}
                 if half.end is not None and stage.whole and stage.stream is None:  # what attention reads
                     path = next(iter(stage.modules))
-                    behind = felt(half, stage, x_NTH, inverse_factor(sums[path].hessian_II, damp, path))
+                    behind = felt(half, stage, x_NTH, inverse_factor(sums[path].hessian_II, DAMP, path))
                 for path, module in stage.modules.items():
                     name, weight_OI = sites[path].name, module.weight.data
                     target_OI = sums[path].target(weight_OI).to(weight_OI.dtype)
+                    damp = DAMP if path in behind else damping(module.in_features, sums[path].tokens)
                     hessian_II = behind[path].inputs_II if path in behind else sums[path].hessian_II
                     fused = gptq(target_OI, hessian_II, plan.grids[name], p, damp=damp, name=name)
                     fused = descend(target_OI, hessian_II, fused, damp)
@@ -168,6 +170,11 @@ def apart(model: Any, plan: Plan, walk: Walk, number: int) -> Iterator[dict[str,
     inside = [site for site in plan.sites.values() if site.origin.parameter.startswith(prefix) and site.kind in TRAINED]
     with experts_apart(model, inside) as found:
         yield {path: site for path, site in found.items() if site.name in plan.grids}
+
+
+def damping(inputs: int, tokens: int) -> float:
+    """The share of the mean of diag H that is added to it."""
+    return math.sqrt(inputs / max(tokens, 1))
 
 
 def quantized_weights(

@@ -40,11 +40,13 @@ class Sums:
 
     Attributes:
         hessian_II: X^T X / T.
+        tokens: whose inputs they are.
         factor_II: V = W + W factor.
         change_OI: V = W + change, of a layer whose residual stream is known.
     """
 
     hessian_II: Tensor
+    tokens: int
     factor_II: Tensor | None = None
     change_OI: Tensor | None = None
 
@@ -89,7 +91,8 @@ def gather(
             hessian_II.addmm_(own_TI.T, own_TI)
             missed_KI.addmm_(missed_TK.T, own_TI)
     change_KI = regression(hessian_II.div_(tokens), missed_KI.div_(tokens), RIDGE * inputs / tokens, path)
-    sums = Sums(hessian_II, change_KI) if stage.stream is None else Sums(hessian_II, None, change_KI)
+    changes = (change_KI, None) if stage.stream is None else (None, change_KI)
+    sums = Sums(hessian_II, tokens, *changes)
     return dict.fromkeys(stage.modules, sums)
 
 
@@ -164,6 +167,7 @@ def _scattered(half: Half, stage: Stage, x_NTH: Tensor, quantized: Mapping[nn.Li
     Of a layer that no token reaches: of inputs that know nothing of each other.
     """
     sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
     own: dict[str, str] = {}  # of each layer: the one whose sums are its
     last: tuple[Tensor | None, str] = (None, "")
 
@@ -177,8 +181,9 @@ def _scattered(half: Half, stage: Stage, x_NTH: Tensor, quantized: Mapping[nn.Li
             if whose == path:
                 x_TI = arguments[0].flatten(0, -2).float()
                 if path not in sums:
-                    sums[path] = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1])
+                    sums[path], counts[path] = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1]), 0
                 sums[path].addmm_(x_TI.T, x_TI)
+                counts[path] += len(x_TI)
 
         return hook
 
@@ -187,10 +192,11 @@ def _scattered(half: Half, stage: Stage, x_NTH: Tensor, quantized: Mapping[nn.Li
             hooks.callback(module.register_forward_pre_hook(add(path)).remove)
         for x_TH in x_NTH:
             half.call(x_TH[None])
-    tokens = x_NTH.shape[0] * x_NTH.shape[1]
-    for each in sums.values():
-        each /= tokens
+    for path, sum_II in sums.items():
+        sum_II /= max(counts[path], 1)
     return {
-        path: Sums(sums[own[path]] if path in own else torch.eye(module.in_features, device=module.weight.device))
+        path: Sums(sums[own[path]], counts[own[path]])
+        if path in own
+        else Sums(torch.eye(module.in_features, device=module.weight.device), 0)
         for path, module in stage.modules.items()
     }

@@ -128,8 +128,9 @@ def test_experts_come_last_with_the_sums_of_their_own_tokens() -> None:
     hook.remove()
     found = gather(half, experts, x_NTH, x_NTH, {})
     x_TI = torch.cat(seen)
-    assert near(found["model.layers.0.mlp.even"].hessian_II, x_TI.T @ x_TI / (len(x_NTH) * 24))
+    assert near(found["model.layers.0.mlp.even"].hessian_II, x_TI.T @ x_TI / len(x_TI))
     assert torch.equal(found["model.layers.0.mlp.idle"].hessian_II, torch.eye(48))
+    assert [found[path].tokens for path in paths[:3]] == [len(x_TI), len(x_NTH) * 24 - len(x_TI), 0]
     weight_OI = model.model.layers[0].mlp.even.weight
     assert torch.equal(found["model.layers.0.mlp.even"].target(weight_OI), weight_OI)
 
@@ -218,7 +219,7 @@ def test_the_target_is_the_ridge_regressions_weight(stream: bool) -> None:
     missed_TO = (full_TI - own_TI) @ weight_OI.T + off_TO
     missed_KI = missed_TO.T @ own_TI / 200 if stream else (full_TI - own_TI).T @ own_TI / 200
     change_KI = regression(hessian_II, missed_KI, 0.3, "layer")
-    sums = Sums(hessian_II, None, change_KI) if stream else Sums(hessian_II, change_KI)
+    sums = Sums(hessian_II, 200, None, change_KI) if stream else Sums(hessian_II, 200, change_KI)
     # min |X V^T - Y|^2 + T lambda |V - W|^2, as a least-squares problem of T + I rows
     root = (200 * 0.3 * hessian_II.diagonal().mean()).sqrt().double()
     rows = torch.cat((own_TI.double(), root * torch.eye(24)))
@@ -239,7 +240,7 @@ def test_where_nothing_is_missed_the_target_is_the_weight() -> None:
 
 def test_inputs_that_never_fire_leave_the_weight() -> None:
     assert regression(torch.zeros(4, 4), torch.zeros(4, 4), 1.0, "layer") is None
-    assert torch.equal(Sums(torch.zeros(4, 4)).target(torch.ones(2, 4)), torch.ones(2, 4))
+    assert torch.equal(Sums(torch.zeros(4, 4), 8).target(torch.ones(2, 4)), torch.ones(2, 4))
 
 
 def test_states_that_are_no_numbers_are_one_line() -> None:
