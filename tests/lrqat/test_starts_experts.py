@@ -98,7 +98,7 @@ def test_gptq_of_experts_beats_round_to_nearest(mixture: Any, texts: list[Tensor
     assert found.keys() == decided.grids.keys()
     assert [type(module) for module in mixture.modules()] == modules
     ours = scored(mixture, decided, found, texts[1], full).kl
-    assert ours is not None and kl is not None and ours < 0.6 * kl
+    assert ours is not None and kl is not None and ours < 0.2 * kl  # measured: 2.9e-5 of 1.0e-3
 
 
 def test_experts_apart_are_views_and_come_together_again(mixture: Any) -> None:
