@@ -375,6 +375,15 @@ def test_the_plan_that_comes_with_it_is_sound() -> None:
     assert trained == {row.grid for row in found if row.name == "rtn"}
 
 
+def test_the_plan_of_the_claim_has_three_seeds_of_each_method() -> None:
+    found = plan.read(Path(__file__).resolve().parent.parent / "benchmarks" / "claim.yaml", Path("."))
+    plan.check(found, ["text.txt"])
+    seeds: dict[str, set[int | None]] = {}
+    for row in found:
+        seeds.setdefault(row.name.split()[0], set()).add(row.seed)
+    assert seeds == {"scales": {0, 1, 2}, "lrqat": {0, 1, 2}, "lsq": {0, 1, 2}}
+
+
 def test_peers_are_calibrated_on_the_tokens_that_lrqat_is(tiny_model_dir: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
