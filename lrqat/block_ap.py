@@ -115,8 +115,7 @@ def block_ap(
         if walk:
             if begin and trains:
                 for name, weight_OI in begin(walk, number, student_NTH.clone(), teacher_NTH).items():
-                    origin = plan.sites[name].origin
-                    origin.of(model.get_parameter(origin.parameter).data).copy_(weight_OI)
+                    plan.sites[name].origin.within(model).copy_(weight_OI)
             else:
                 walk.run(number, teacher_NTH, teacher_NTH)
         swap(model, plans[number], make)

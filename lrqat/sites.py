@@ -47,6 +47,10 @@ class Origin:
         view = tensor[self.expert]
         return view if self.half is None else view.chunk(2)[self.half]
 
+    def within(self, model: nn.Module) -> Tensor:
+        """The view of the model's parameter; writing to it writes to the model."""
+        return self.of(model.get_parameter(self.parameter).detach())
+
 
 @dataclass(frozen=True)
 class Site:

@@ -102,8 +102,7 @@ def gptq_model(
             if path:
                 save_layer(begun, path, key)
         for name, (adjusted_OI, parts) in begun.items():
-            origin = plan.sites[name].origin
-            origin.of(model.get_parameter(origin.parameter).data).copy_(adjusted_OI)
+            plan.sites[name].origin.within(model).copy_(adjusted_OI)
             found[name] = parts
     return found
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lrqat.assign import Assignment
 from lrqat.block_ap import BlockSettings, block_ap, frozen_codes
-from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.evaluate import score
 from lrqat.grid import Grid
@@ -25,6 +24,7 @@ from lrqat.sites import Site
 from lrqat.starts.codes import rounded
 from lrqat.starts.gptq import gptq_layer
 from lrqat.starts.walk import Walk
+from tests.lrqat import small
 
 GRID = Grid.parse("w2g32")
 QUICK = BlockSettings(epochs=1, batch_size=4, lr=2e-4, lr_scales=2e-3)
@@ -34,21 +34,12 @@ UNTRAINED = BlockSettings(1, 32, lr=0.0, lr_scales=0.0)
 @pytest.fixture
 def texts(trained_model_dir: Path, prose: list[str], tmp_path: Path) -> list[Tensor]:
     """Calibration and held-out tokens."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(trained_model_dir)
-    found = []
-    for number, text in enumerate(prose):
-        (tmp_path / f"{number}.txt").write_text(text)
-        found.append(blocks([str(tmp_path / f"{number}.txt")], tokenizer, 64, limit=96))
-    return found
+    return small.cut(trained_model_dir, prose, tmp_path, 64, 96)
 
 
 def load(directory: Path) -> tuple[Any, Plan]:
     """The model in float32, every linear layer to be on one grid."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory).eval().requires_grad_(False)
+    model = small.load(directory)
     return model, plan(model, Assignment(GRID))
 
 

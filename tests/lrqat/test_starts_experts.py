@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from lrqat.assign import Assignment
-from lrqat.data import blocks
-from lrqat.evaluate import Scores, score
 from lrqat.experts import QuantExperts, experts_apart
 from lrqat.grid import Grid
 from lrqat.layers import quantizers
@@ -26,15 +24,9 @@ from lrqat.sites import EXPERT, checkpoint_tensors
 from lrqat.starts.codes import rounded
 from lrqat.starts.gptq import apart, gptq_model
 from lrqat.starts.walk import Walk
+from tests.lrqat.small import cut, load, scored
 
 EXPERTS = 4
-
-
-def load(directory: Path) -> Any:
-    """The small model in float32."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(directory).eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -61,14 +53,7 @@ def mixture(trained_model_dir: Path) -> Any:
 @pytest.fixture
 def texts(trained_model_dir: Path, prose: list[str], tmp_path: Path) -> list[Tensor]:
     """Calibration and held-out tokens."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(trained_model_dir)
-    found = []
-    for number, text in enumerate(prose):
-        (tmp_path / f"{number}.txt").write_text(text)
-        found.append(blocks([str(tmp_path / f"{number}.txt")], tokenizer, 128, limit=32))
-    return found
+    return cut(trained_model_dir, prose, tmp_path, 128, 32)
 
 
 def experts_planned(model: Any, spelling: str) -> Plan:
@@ -76,14 +61,6 @@ def experts_planned(model: Any, spelling: str) -> Plan:
     decided = plan(model, Assignment.make(Grid.parse(spelling), skip=("self_attn",)))
     assert {decided.sites[name].kind for name in decided.grids} == {EXPERT} and len(decided.grids) == 2 * 3 * EXPERTS
     return decided
-
-
-def scored(model: Any, decided: Plan, parts: dict[str, dict[str, Tensor]], blocks_NT: Tensor, reference: Any) -> Scores:
-    """With the planned weights rounded."""
-    weights = checkpoint_tensors(model)
-    for name, grid in decided.grids.items():
-        weights[name].copy_(rounded(weights[name], parts[name], grid).dequantize())
-    return score(model, blocks_NT, reference)
 
 
 def test_gptq_of_experts_beats_round_to_nearest(mixture: Any, texts: list[Tensor], trained_model_dir: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lrqat.assign import Assignment
-from lrqat.data import blocks
 from lrqat.errors import LrqatError
 from lrqat.evaluate import score
 from lrqat.grid import Grid
@@ -20,6 +19,7 @@ from lrqat.starts.awq import awq_fold
 from lrqat.starts.codes import rounded
 from lrqat.starts.fold import LlamaLayer, check_norm
 from lrqat.starts.rotation import orthogonal, rotate
+from tests.lrqat import small
 
 # A fold rounds each weight once more (2^-24 relative); logits are sums of a few hundred such products through two
 # layers, and were seen to move by 2e-6 of the largest.
@@ -191,16 +191,10 @@ def test_layers_of_another_kind_are_refused() -> None:
 
 def test_awq_repairs_what_unbalanced_channels_cost(trained_model_dir: Path, prose: list[str], tmp_path: Path) -> None:
     """Outlier channels, as large models have them, without a change of function: norms times u, readers by u."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(trained_model_dir)
-    texts = []
-    for number, text in enumerate(prose):
-        (tmp_path / f"{number}.txt").write_text(text)
-        texts.append(blocks([str(tmp_path / f"{number}.txt")], tokenizer, 128, limit=16))
+    texts = small.cut(trained_model_dir, prose, tmp_path, 128, 16)
 
     def load() -> Any:
-        model = AutoModelForCausalLM.from_pretrained(trained_model_dir).eval().requires_grad_(False)
+        model = small.load(trained_model_dir)
         generator = torch.Generator().manual_seed(0)
         for number, layer in enumerate(model.model.layers):
             for norm, readers in LlamaLayer(layer, str(number)).norms:

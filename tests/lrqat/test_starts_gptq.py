@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lrqat.assign import Assignment
-from lrqat.data import blocks
 from lrqat.errors import LrqatError
-from lrqat.evaluate import Scores, score
+from lrqat.evaluate import score
 from lrqat.fused import FusedTensor
 from lrqat.grid import Grid, to_latent
 from lrqat.methods.l4q import L4Q
@@ -26,6 +25,7 @@ from lrqat.starts.descent import descend
 from lrqat.starts.factor import inverse_factor
 from lrqat.starts.gptq import DAMP, by_columns, damping, gptq, gptq_model
 from lrqat.starts.walk import Walk
+from tests.lrqat.small import cut, load, scored
 
 ROWS, COLUMNS = 24, 256
 FLOAT32_CHOICE = 1e-3  # two ranges as good as each other, chosen between by 256 float32 squares in another order
@@ -224,14 +224,7 @@ class TestModel:
     @pytest.fixture
     def texts(self, trained_model_dir: Path, prose: list[str], tmp_path: Path) -> list[Tensor]:
         """Calibration and held-out tokens."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(trained_model_dir)
-        found = []
-        for number, text in enumerate(prose):
-            (tmp_path / f"{number}.txt").write_text(text)
-            found.append(blocks([str(tmp_path / f"{number}.txt")], tokenizer, 128, limit=64))
-        return found
+        return cut(trained_model_dir, prose, tmp_path, 128, 64)
 
     @pytest.fixture
     def model(self, trained_model_dir: Path) -> Any:
@@ -263,21 +256,6 @@ class TestModel:
         assert torch.allclose(model.model.norm(states_NTH), expected, atol=1e-4)
 
 
-def load(directory: Path) -> Any:
-    """The model in float32."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(directory).eval().requires_grad_(False)
-
-
 def planned_for(model: Any, spelling: str) -> Plan:
     """Every linear layer on one grid."""
     return plan(model, Assignment(Grid.parse(spelling)))
-
-
-def scored(model: Any, planned: Plan, parts: dict[str, dict[str, Tensor]], blocks_NT: Tensor, reference: Any) -> Scores:
-    """The model with its planned weights rounded."""
-    for name, grid in planned.grids.items():
-        weight_OI = model.get_parameter(name)
-        weight_OI.copy_(rounded(weight_OI, parts[name], grid).dequantize())
-    return score(model, blocks_NT, reference)
