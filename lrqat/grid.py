@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+INSIDE = 2.0**-8  # of a piece of the fixed point
+FEWEST = 8  # pieces of a code, of which a quarter lie at its edges
+
 Parts = Mapping[str, "Tensor"]
 Rows: TypeAlias = "slice | Tensor"  # of a weight: a run of them, or their numbers, int64
 
@@ -107,7 +110,25 @@ class Grid(ABC):
     @property
     @abstractmethod
     def fixed_point(self) -> tuple[float, float]:
-        """(center, one): int8 holds a latent x as round((x - center) * one)."""
+        """(begin, one): piece i of a latent, -128 to 127, is [i, i + 1) / one + begin."""
+
+    def to_fixed(self, x: Tensor) -> Tensor:
+        """The pieces that latents between the ends lie in, int8; overwrites x."""
+        import torch
+
+        begin, one = self.fixed_point
+        return x.sub_(begin).mul_(one).floor_().clamp_(-128, 127).to(torch.int8)
+
+    def from_fixed(self, fixed: Tensor) -> Tensor:
+        """The even one of a piece's two ends, just inside of it; its middle, where a code has few. Float32, exact.
+
+        Where pieces begin at an edge of codes, those next to it lie at that edge, each on its own side: that is
+        Q_b.(7-b) of LR-QAT's eq. 7 and a bit for the side.
+        """
+        begin, one = self.fixed_point
+        if one * self.step < FEWEST:
+            return fixed.float().add_(0.5).div_(one).add_(begin)
+        return (fixed & 1).float().mul_(1 - 2 * INSIDE).add_(fixed).add_(INSIDE).div_(one).add_(begin)
 
     @abstractmethod
     def columns_per_group(self, columns: int, name: str = "weight") -> int:
@@ -201,8 +222,8 @@ class EvenGrid(Grid):
 
     @property
     def fixed_point(self) -> tuple[float, float]:
-        """b bits of integer, 8 - b of fraction: Q_b.(8-b) of LR-QAT's eq. 7."""
-        return float(self.first + self.codes // 2), 2.0 ** (8 - self.bits)
+        """2^(8-b) pieces of a code, from the edge in the middle of the range."""
+        return self.first + self.codes // 2 - 0.5, 2.0 ** (8 - self.bits)
 
     def nearest(self, x: Tensor) -> Tensor:
         """clip(round(x))."""

@@ -35,7 +35,7 @@ class CodebookGrid(Grid):
         bits: width of a stored code.
         block: columns that share a scale.
         table: the level of each code. The order need not be the values'.
-        one: int8 steps of a level's unit in the fixed-point downcast.
+        one: pieces of a level's unit in the fixed-point downcast.
         power_of_two: s = 2^(e - 127), stored as e in a byte; otherwise s is fp16.
     """
 

@@ -274,10 +274,29 @@ def test_impossible_settings_are_one_line(options: dict[str, Any], message: str)
         make(**options)
 
 
-@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_fixed_point_has_eight_bits_and_stays_at_its_code(bits: int) -> None:
     quantizer = make(f"w{bits}", p=None)
     frozen_OI = quantizer.frozen(slice(None))
-    one = 1 << (8 - bits)
-    assert torch.equal((frozen_OI * one).round(), frozen_OI * one)
-    assert (frozen_OI - quantizer.grid.nearest(frozen_OI.clone())).abs().max() <= 0.5
+    assert quantizer.phi.dtype == torch.int8
+    assert len(frozen_OI.unique()) <= 256
+    assert (frozen_OI - quantizer.grid.nearest(frozen_OI.clone())).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("direction", [-1, 1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_the_least_push_moves_what_is_within_a_piece_of_an_edge_and_nothing_else(bits: int, direction: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(64, 256, generator=generator)
+    grid = Grid.parse(f"w{bits}")
+    given = {"rank": 1, "alpha": 1.0, "downcast": "fixed", "learn_scales": False, "generator": generator}
+    quantizer = LRQAT(weight_OI, start(weight_OI, grid, 3.5), grid, **given)
+    quantizer.a_OR.data.fill_(1)
+    latent_OI = (weight_OI / quantizer.affine().scale_OG).clamp(*grid.ends)
+    begun_OI = quantizer.started(slice(None))
+    edge_OI = begun_OI + direction * 0.5
+    near_OI = ((latent_OI - edge_OI).abs() < 2.0 ** (bits - 8)) & (edge_OI.abs() <= abs(grid.first))
+    for push in (0.01, 0.9):  # of two pieces
+        quantizer.b_RI.data.fill_(direction * push * 2.0 ** (bits - 7))
+        moved_OI = quantizer.levels(slice(None), quantizer.affine()) != begun_OI
+        assert near_OI.any() and torch.equal(moved_OI, near_OI)
