@@ -128,7 +128,7 @@ class Grid(ABC):
         begin, one = self.fixed_point
         if one * self.step < FEWEST:
             return fixed.float().add_(0.5).div_(one).add_(begin)
-        return (fixed & 1).float().mul_(1 - 2 * INSIDE).add_(fixed).add_(INSIDE).div_(one).add_(begin)
+        return fixed.float().add_(fixed & 1, alpha=1 - 2 * INSIDE).div_(one).add_(begin + INSIDE / one)
 
     @abstractmethod
     def columns_per_group(self, columns: int, name: str = "weight") -> int:

@@ -283,6 +283,13 @@ def test_fixed_point_has_eight_bits_and_stays_at_its_code(bits: int) -> None:
     assert (frozen_OI - quantizer.grid.nearest(frozen_OI.clone())).abs().max() < 0.5
 
 
+@pytest.mark.parametrize("spelling", [*GRIDS, "w6", "w7-asym"])
+def test_the_latent_of_a_piece_lies_in_it(spelling: str) -> None:
+    grid = Grid.parse(spelling)
+    pieces = torch.arange(-128, 128).to(torch.int8)
+    assert torch.equal(grid.to_fixed(grid.from_fixed(pieces)), pieces)
+
+
 @pytest.mark.parametrize("direction", [-1, 1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_the_least_push_moves_what_is_within_a_piece_of_an_edge_and_nothing_else(bits: int, direction: int) -> None:
