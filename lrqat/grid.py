@@ -113,11 +113,14 @@ class Grid(ABC):
         """(begin, one): piece i of a latent, -128 to 127, is [i, i + 1) / one + begin."""
 
     def to_fixed(self, x: Tensor) -> Tensor:
-        """The pieces that latents between the ends lie in, int8; overwrites x."""
+        """Pieces, int8, of latents between the ends: those they lie in or, to keep a code, the next; overwrites x."""
         import torch
 
         begin, one = self.fixed_point
-        return x.sub_(begin).mul_(one).floor_().clamp_(-128, 127).to(torch.int8)
+        levels = self.nearest(x.clone())
+        fixed = x.sub_(begin).mul_(one).floor_().clamp_(-128, 127).to(torch.int8)
+        back = levels.sub_(self.nearest(self.from_fixed(fixed))).sign_()
+        return fixed.add_(back.to(torch.int8))
 
     def from_fixed(self, fixed: Tensor) -> Tensor:
         """The even one of a piece's two ends, just inside of it; its middle, where a code has few. Float32, exact.

@@ -90,14 +90,11 @@ class LRQAT(GainQuantizer):
 
         def store(rows: slice) -> Tensor:
             x_KI = to_latent(weight_OI[rows], affine.rows(rows)).clamp_(*self.grid.ends)
-            levels_KI = self.grid.nearest(x_KI.clone())
             if self.downcast == "bf16":
                 return x_KI.to(torch.bfloat16)
             if self.downcast == "fixed":
-                fixed_KI = self.grid.to_fixed(x_KI)
-                back_KI = levels_KI.sub_(self.grid.nearest(self.grid.from_fixed(fixed_KI))).sign_()
-                return fixed_KI.add_(back_KI.to(torch.int8))
-            return self._pack(self.grid.encode(levels_KI))
+                return self.grid.to_fixed(x_KI)
+            return self._pack(self.grid.encode(self.grid.nearest(x_KI)))
 
         return fill(weight_OI, store)
 

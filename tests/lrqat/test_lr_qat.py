@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrqat.errors import LrqatError
-from lrqat.grid import Grid, dequantize
+from lrqat.grid import INSIDE, Grid, dequantize
 from lrqat.layers import QuantLinear
 from lrqat.methods.lr_qat import DOWNCASTS, LRQAT
 from lrqat.ptq import rtn
@@ -25,13 +25,18 @@ GRIDS = ["w4g32", "w3", "w2g16", "w8", "w5g64", "w4g8-fp16", "w4g32-asym", "w3-a
 GRIDS += ["iq4_nl", "mxfp4", "tq2_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 
 
+def random_weight(generator: torch.Generator) -> Tensor:
+    """Float32 [ROWS, COLUMNS]."""
+    return torch.randn(ROWS, COLUMNS, generator=generator) * 0.05
+
+
 def make(
     spelling: str = "w4g32", downcast: str = "fixed", *, p: float | None = 3.5, seed: int = 0, **options: Any
 ) -> LRQAT:
     """A quantizer of a random weight."""
     grid = Grid.parse(spelling)
     generator = torch.Generator().manual_seed(seed)
-    weight_OI = torch.randn(ROWS, COLUMNS, generator=generator) * 0.05
+    weight_OI = random_weight(generator)
     settings = {"rank": 8, "alpha": 8.0, "learn_scales": True, **options}
     return LRQAT(weight_OI, start(weight_OI, grid, p), grid, downcast=downcast, generator=generator, **settings)
 
@@ -76,7 +81,7 @@ def test_training_starts_at_the_codes_of_rtn_on_every_grid(spelling: str, downca
 
 def starts_at_rtn(grid: Grid, downcast: str, p: float | None) -> None:
     """The quantizer's codes and parts before any step are those of round-to-nearest."""
-    weight_OI = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(grid.bits)) * 0.05
+    weight_OI = random_weight(torch.Generator().manual_seed(grid.bits))
     quantizer = LRQAT(
         weight_OI,
         start(weight_OI, grid, p),
@@ -280,6 +285,12 @@ def test_fixed_point_has_eight_bits_and_stays_at_its_code(bits: int) -> None:
     frozen_OI = quantizer.frozen(slice(None))
     assert quantizer.phi.dtype == torch.int8
     assert len(frozen_OI.unique()) <= 256
+    begin, one = quantizer.grid.fixed_point
+    off_OI = (frozen_OI - begin) * one
+    if bits < 6:  # just inside of a piece's even end
+        assert ((off_OI - 2 * (off_OI / 2).round()).abs() == INSIDE).all()
+    else:
+        assert torch.equal(off_OI, off_OI.floor() + 0.5)
     assert (frozen_OI - quantizer.grid.nearest(frozen_OI.clone())).abs().max() < 0.5
 
 
@@ -293,11 +304,8 @@ def test_the_latent_of_a_piece_lies_in_it(spelling: str) -> None:
 @pytest.mark.parametrize("direction", [-1, 1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_the_least_push_moves_what_is_within_a_piece_of_an_edge_and_nothing_else(bits: int, direction: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight_OI = torch.randn(64, 256, generator=generator)
-    grid = Grid.parse(f"w{bits}")
-    given = {"rank": 1, "alpha": 1.0, "downcast": "fixed", "learn_scales": False, "generator": generator}
-    quantizer = LRQAT(weight_OI, start(weight_OI, grid, 3.5), grid, **given)
+    quantizer = make(f"w{bits}", rank=1, alpha=1.0)
+    weight_OI, grid = random_weight(torch.Generator().manual_seed(0)), quantizer.grid
     quantizer.a_OR.data.fill_(1)
     latent_OI = (weight_OI / quantizer.affine().scale_OG).clamp(*grid.ends)
     begun_OI = quantizer.started(slice(None))

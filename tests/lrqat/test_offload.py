@@ -229,6 +229,6 @@ def test_a_step_holds_two_layers_of_frozen_weights_instead_of_all(large_model_di
 
     inside, outside = measure(), measure("disk")
     layers, slack = 9, 16 << 20
-    assert inside["frozen"] == 9 * 16 * 1024 * 1024  # Q4.4 fixed point: a byte a weight
+    assert inside["frozen"] == 9 * 16 * 1024 * 1024  # fixed point: a byte a weight
     saved = inside["frozen"] * (layers - 2) // layers - slack
     assert inside["peak"] - outside["peak"] > saved > 0.6 * inside["frozen"], (inside, outside)
