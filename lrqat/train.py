@@ -68,6 +68,8 @@ from lrqat.statistics import moved_share, statistics
 from lrqat.teacher import Blocks, cache_named, cache_teacher
 from lrqat.trainer import LossModel, LowRankTrainer, Metrics, StopOnSignal, last_checkpoint, without_dropout
 
+ARITHMETIC = 1  # counted up when the same settings come to other codes: kept layers and latents are of one arithmetic
+
 
 class Interrupted(Exception):
     """The user stopped the run; a checkpoint was written."""
@@ -265,9 +267,8 @@ def make_fingerprint(base: Base | FusedBase, blocks_NT: Tensor, settings: TrainS
     chosen.pop("save_every")
     chosen.pop("shard")
     chosen.pop("offload")
-    if chosen["block_lr"] is None:  # as runs have it that began before there was one
-        chosen.pop("block_lr")
     return {
+        "arithmetic": ARITHMETIC,
         "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()},
         "base_sha256": base.sha256(),
         "data_sha256": hashlib.sha256(tensor_bytes(blocks_NT)).hexdigest(),
@@ -279,6 +280,8 @@ def check_fingerprint(path: Path, now: dict[str, Any]) -> None:
     if not path.is_file():
         raise LrqatError(f"{path.parent}: no run to resume (no run.json); start without --resume")
     then = read_json(path)
+    if then.get("arithmetic") != ARITHMETIC:
+        raise LrqatError(f"{path}: another version of lrqat started the run, which computes otherwise; start a new run")
     defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}  # of what came later
     for key, value in now["settings"].items():
         before = then.get("settings", {}).get(key, defaults[key])

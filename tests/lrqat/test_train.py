@@ -23,7 +23,7 @@ from lrqat.models import fake_quant_model, locate
 from lrqat.plan import plan
 from lrqat.settings import TrainSettings
 from lrqat.teacher import Blocks, cache_teacher
-from lrqat.train import make_quantized, make_trainer, swap_for_training
+from lrqat.train import ARITHMETIC, make_quantized, make_trainer, swap_for_training
 from lrqat.trainer import Metrics, last_checkpoint, read_metrics, without_dropout
 
 STEPS = 16
@@ -268,6 +268,21 @@ def test_resuming_with_other_data_is_refused(
     finally:
         text.write_text(content)
     assert "the training data has changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arithmetic", [ARITHMETIC - 1, None], ids=["older", "before it was kept"])
+def test_resuming_what_another_arithmetic_began_is_refused(
+    run: Path, command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], arithmetic: int | None
+) -> None:
+    path = run / "run.json"
+    kept = path.read_text()
+    assert json.loads(kept)["arithmetic"] == ARITHMETIC
+    try:
+        path.write_text(json.dumps(json.loads(kept) | {"arithmetic": arithmetic}))
+        assert main(command(run, "--resume")) == 2
+    finally:
+        path.write_text(kept)
+    assert "another version of lrqat" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
