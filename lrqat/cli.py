@@ -217,7 +217,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--teacher", metavar="MODEL", help="distil from this model instead of from the one that is trained")
     p.add_argument("--rank", type=int, help=f"rank of A and B ({defaults_of('rank')})")
     p.add_argument("--alpha", type=float, help="the adapters' multiplier is alpha / rank (default: alpha = rank)")
-    p.add_argument("--downcast", choices=DOWNCASTS, help=f"storage of Phi0 ({defaults_of('downcast')})")
+    p.add_argument("--downcast", choices=DOWNCASTS, help=f"how Phi0 is stored ({defaults_of('downcast')})")
     p.add_argument("--loftq", action="store_true", help="with --downcast int: A and B begin with what it has lost")
     p.add_argument("--lr", type=float, help=f"learning rate of adapters or weights ({defaults_of('lr')})")
     p.add_argument(

@@ -262,3 +262,8 @@ def to_latent(weight_OI: Tensor, affine: Affine) -> Tensor:
     if affine.offset_OG is not None:
         latent = latent - affine.offset_OG[:, :, None]
     return (latent / affine.scale_OG[:, :, None]).view(rows, columns)
+
+
+def to_levels(weight_OI: Tensor, affine: Affine, grid: Grid) -> Tensor:
+    """nearest((w - m) / s), float32 [O, I]: what rounding makes of a weight."""
+    return grid.nearest(to_latent(weight_OI, affine))

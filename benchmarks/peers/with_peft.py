@@ -5,11 +5,12 @@ of this script (l4q of benchmarks/quality.yaml) differ in the training alone: th
 one ends there, both after 60 steps of two blocks of the same text. Rank 4 is L4Q's, alpha 8 and every linear but the
 head PEFT's usual. This script wants lrqat's own environment with peft in it.
 
-    python benchmarks/peers/with_peft.py MODEL OUT --grid w3g64 --steps 60 --text FILE...
+    python benchmarks/peers/with_peft.py MODEL OUT --grid w3g64-min --steps 60 --text FILE...
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from importlib.metadata import version
 
 import torch
 from peft import LoraConfig, get_peft_model
-from shared import Cost, Grid, blocks, finish, fresh, parser
+from shared import Cost, blocks, finish, fresh, parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrqat.fused import FusedCheckpoint
@@ -25,7 +26,8 @@ from lrqat.fused import FusedCheckpoint
 
 def main() -> None:
     """Train, merge, round, and write what was rounded."""
-    arguments = parser(__doc__ or "", grid="w3g64")
+    arguments = parser(__doc__ or "", grid=None)
+    arguments.add_argument("--grid", default="w3g64-min", help="as `lrqat ptq` has them (w3g64-min)")
     arguments.add_argument("--steps", type=int, default=60, help="AdamW steps (60)")
     arguments.add_argument("--seq-len", type=int, default=512, help="tokens of a block (512)")
     arguments.add_argument("--batch", type=int, default=2, help="blocks a step (2)")
@@ -33,7 +35,6 @@ def main() -> None:
     arguments.add_argument("--lr", type=float, default=2e-4, help="learning rate, falling linearly to zero (2e-4)")
     args = arguments.parse_args()
     out = fresh(args.out)
-    grid: Grid = args.grid
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = blocks(tokenizer, args.text, args.steps * args.batch, args.seq_len)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
@@ -51,11 +52,12 @@ def main() -> None:
             print(f"step {step}: loss {loss.item():.4f}", flush=True)
     model.merge_and_unload().save_pretrained(out / "merged")
     tokenizer.save_pretrained(out / "merged")
-    rounding = [sys.executable, "-m", "lrqat.cli", "ptq", out / "merged", "--grid", str(grid), "--dtype", "float32"]
+    rounding = [sys.executable, "-m", "lrqat.cli", "ptq", out / "merged", "--grid", args.grid, "--dtype", "float32"]
     subprocess.run([*rounding, "--out", out / "rounded"], check=True)
     cost = Cost.so_far()
     checkpoint = FusedCheckpoint.load(out / "rounded")
     weights = {**checkpoint.dense, **{name: fused.dequantize() for name, fused in checkpoint.tensors.items()}}
+    quantized = [(spec.grid.bits_per_weight(*spec.shape), math.prod(spec.shape)) for spec in checkpoint.specs.values()]
     for leftover in ("merged", "rounded"):
         shutil.rmtree(out / leftover)
     finish(
@@ -68,7 +70,8 @@ def main() -> None:
         method="lora+rtn",
         settings=f"cross-entropy, rank {args.rank}, {args.steps} steps of {args.batch} x {args.seq_len} tokens, "
         f"lr {args.lr:g}; merged, then rounded to nearest",
-        **grid.account(weights),
+        grid=args.grid,
+        bits_per_weight=sum(map(math.prod, quantized)) / sum(count for _, count in quantized),
     )
 
 

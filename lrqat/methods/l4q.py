@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lrqat.errors import LrqatError
-from lrqat.grid import Affine, Grid, Parts, Rows, to_latent
+from lrqat.grid import Affine, Grid, Parts, Rows, to_levels
 from lrqat.grids.affine import AffineGrid
 from lrqat.grids.wire import to_fp16
 from lrqat.methods.gains import WeightDomain, weight_slopes
@@ -78,7 +78,7 @@ class L4Q(WeightDomain):
     def started(self, rows: slice) -> Tensor:
         """nearest((W0 - m0) / s0)."""
         affine = self.grid.affine(dict(self.start.named_buffers()))
-        return self.grid.nearest(to_latent(self.stored("frozen_OI", rows, self.b_OR.device), affine.rows(rows)))
+        return to_levels(self.stored("frozen_OI", rows, self.b_OR.device), affine.rows(rows), self.grid)
 
     def large(self) -> dict[str, nn.Parameter]:
         """A and B."""

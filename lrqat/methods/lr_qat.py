@@ -1,8 +1,9 @@
 """LR-QAT (arXiv 2406.06385): low-rank adapters inside the rounding of frozen weights.
 
     W^ = s * nearest(Phi0 + c A B) + m,    c = (alpha/r) step                (eq. 8, on any grid)
-    Phi0 = phi(clip((W0 - m0) / s0))  frozen, in one of three downcasts phi:
-        fixed    Q_b.(7-b) fixed point in an int8, and a bit for the side of an edge          (eq. 7)
+    Phi0 = phi(clip((W0 - m0) / s0))  frozen, in one of these downcasts phi:
+        fixed    Q_b.(7-b) fixed point in an int8, and a bit for the side of an edge
+        eq7      the paper's fixed point, Q_b.(8-b) in an int8                                (eq. 7)
         int      the codes alone, two to a byte up to 4 bits
         bf16     bfloat16
 
@@ -18,14 +19,15 @@ estimator (nearest' = 1 inside the range, 0 outside) gives
 Parts are trained by gains (`lrqat.methods.gains`). The authors' code draws the factor of the inputs (B here, with the
 inputs' fan) and begins that of the outputs at zero; drawn as here the same steps end nearer (docs/log.md).
 
-The paper's fixed point is Q_b.(8-b), where an edge between two codes is rounded to one of them, whichever W0 had. Here
-"fixed" and "int" always round to exactly the start's codes, and weights next to an edge lie at it, each on its own side
-(`lrqat.grid.Grid.from_fixed`): one in 2^(8-b) follows the sign of A B at once, four times as many as by eq. 7, and none
-of the others until A B is a step of the fixed point. That trains better than eq. 7, and eq. 7 better than latents that
-are not rounded (docs/log.md).
+By eq. 7 one weight in 2^(8-b) lies at an edge between two codes, which rounds to one of them, whichever W0 had; the
+others begin at the start's codes, as all weights do by "fixed", "int" and "bf16". By "fixed", of 2 to 5 bits, weights
+next to an edge lie at it, each on its own side (`lrqat.grid.Grid.from_fixed`): one in 2^(8-b) follows the sign of A B
+at once, twice as many as by eq. 7, and none of the others until A B is a step of the fixed point.
 """
 
 from __future__ import annotations
+
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +52,7 @@ class LRQAT(GainQuantizer):
         grid: any grid.
         rank: R.
         alpha: the adapter's multiplier is alpha / rank, in steps of the grid.
-        downcast: how Phi0 is stored: "fixed", "int" or "bf16".
+        downcast: how Phi0 is stored: "fixed", "eq7", "int" or "bf16".
         learn_scales: train gains on the parts; otherwise they stay as they are.
         generator: draws A.
     """
@@ -91,9 +93,14 @@ class LRQAT(GainQuantizer):
         def store(rows: slice) -> Tensor:
             x_KI = to_latent(weight_OI[rows], affine.rows(rows)).clamp_(*self.grid.ends)
             if self.downcast == "bf16":
-                return x_KI.to(torch.bfloat16)
+                levels_KI, narrow_KI = self.grid.nearest(x_KI.clone()), x_KI.to(torch.bfloat16)
+                back_KI = torch.nextafter(narrow_KI, levels_KI.to(torch.bfloat16))
+                return torch.where(self.grid.nearest(narrow_KI.float()) == levels_KI, narrow_KI, back_KI)
             if self.downcast == "fixed":
                 return self.grid.to_fixed(x_KI)
+            if self.downcast == "eq7":
+                begin, one = self.grid.fixed_point
+                return x_KI.sub_(ceil(begin)).mul_(one).round_().clamp_(-128, 127).to(torch.int8)
             return self._pack(self.grid.encode(self.grid.nearest(x_KI)))
 
         return fill(weight_OI, store)
@@ -106,6 +113,9 @@ class LRQAT(GainQuantizer):
 
     def _phi(self, rows: Rows) -> Tensor:
         phi_KI = self.stored("phi", rows, self.a_OR.device)
+        if self.downcast == "eq7":
+            begin, one = self.grid.fixed_point
+            return phi_KI.float().div_(one).add_(ceil(begin))
         return self._unpack(phi_KI) if self.downcast == "int" else phi_KI
 
     @staticmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrqat.fused import FusedTensor
-from lrqat.grid import Affine, Grid, Parts, Rows, to_latent
+from lrqat.grid import Affine, Grid, Parts, Rows, to_levels
 from lrqat.methods.gains import GainQuantizer
 from lrqat.methods.tiles import Pieces
 from lrqat.ranges import fill
@@ -39,7 +39,7 @@ class Scales(GainQuantizer):
         affine = grid.affine(start)
 
         def codes(rows: slice) -> Tensor:
-            return self._pack(grid.encode(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))))
+            return self._pack(grid.encode(to_levels(weight_OI[rows], affine.rows(rows), grid)))
 
         self.register_buffer("codes", fill(weight_OI, codes), persistent=False)
         moved_before = torch.zeros((), dtype=torch.int64, device=weight_OI.device)

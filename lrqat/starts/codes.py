@@ -19,10 +19,10 @@ from torch import Tensor
 
 from lrqat.errors import LrqatError
 from lrqat.fused import FusedTensor
-from lrqat.grid import Grid, Parts, dequantize, to_latent
+from lrqat.grid import Grid, Parts, dequantize, to_latent, to_levels
 from lrqat.ranges import fill, weight_tiles
 
-INSIDE = 0.4  # of the distance to the neighbouring level; the cell ends at half of it
+WITHIN = 0.4  # of the distance to the neighbouring level; the cell ends at half of it
 
 
 class Start(NamedTuple):
@@ -35,9 +35,7 @@ class Start(NamedTuple):
 def rounded(weight_OI: Tensor, parts: Parts, grid: Grid) -> FusedTensor:
     """The codes of a start."""
     affine = grid.affine(parts)
-    codes = [
-        grid.encode(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows)))) for rows in weight_tiles(weight_OI)
-    ]
+    codes = [grid.encode(to_levels(weight_OI[rows], affine.rows(rows), grid)) for rows in weight_tiles(weight_OI)]
     return FusedTensor.make(torch.cat(codes), parts, grid)
 
 
@@ -46,7 +44,7 @@ def nearest(weight_OI: Tensor, parts: Parts, grid: Grid) -> Tensor:
     affine = grid.affine(parts)
 
     def make(rows: slice) -> Tensor:
-        return dequantize(grid.nearest(to_latent(weight_OI[rows], affine.rows(rows))), affine.rows(rows))
+        return dequantize(to_levels(weight_OI[rows], affine.rows(rows), grid), affine.rows(rows))
 
     return fill(weight_OI, make)
 
@@ -58,7 +56,7 @@ def cells(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     )
     gaps = levels_L.diff()
     below, above = torch.cat((gaps[:1], gaps)), torch.cat((gaps, gaps[-1:]))
-    return levels_L, levels_L - INSIDE * below, levels_L + INSIDE * above
+    return levels_L, levels_L - WITHIN * below, levels_L + WITHIN * above
 
 
 def from_fused(weight_OI: Tensor, fused: FusedTensor) -> Tensor:
@@ -88,8 +86,8 @@ def start_from(weight_OI: Tensor, fused: FusedTensor, name: str = "weight") -> S
     adjusted_OI = dequantize(from_fused(weight_OI, fused), affine).to(weight_OI.dtype)
     for rows in weight_tiles(weight_OI):
         part, levels_KI = affine.rows(rows), grid.decode(codes_OI[rows])
-        moved_KI = grid.nearest(to_latent(adjusted_OI[rows], part)) != levels_KI
+        moved_KI = to_levels(adjusted_OI[rows], part, grid) != levels_KI
         adjusted_OI[rows] = torch.where(moved_KI, dequantize(levels_KI, part).to(weight_OI.dtype), adjusted_OI[rows])
-        if not torch.equal(grid.nearest(to_latent(adjusted_OI[rows], part)), levels_KI):
+        if not torch.equal(to_levels(adjusted_OI[rows], part, grid), levels_KI):
             raise LrqatError(f"{name}: {weight_OI.dtype} does not hold the codes of {grid}; use --dtype float32")
     return Start(adjusted_OI, parts)

@@ -187,7 +187,7 @@ def test_a_start_keeps_any_codes_and_as_much_of_the_weight_as_they_allow(spellin
         assert ((latent_OI - level_OI).abs() <= 0.4 + 1e-6).all()
 
 
-@pytest.mark.parametrize("method", ["lrqat-fixed", "lrqat-int", "lsq", "l4q", "scales"])
+@pytest.mark.parametrize("method", ["lrqat-fixed", "lrqat-int", "lrqat-bf16", "lsq", "l4q", "scales"])
 @pytest.mark.parametrize("spelling", GRIDS)
 def test_every_method_started_from_gptq_fuses_to_exactly_its_codes(spelling: str, method: str) -> None:
     weight_OI, _, hessian_II = problem()
