@@ -272,7 +272,7 @@ def test_adapters_are_multiplied_by_alpha_over_rank_in_steps_of_the_grid(
     assert torch.allclose(added_OI, expected_OI, atol=2.0**-20 * step)  # latents below 8 steps carry 2^-21 of rounding
 
 
-def test_adapters_start_as_the_paper_has_them() -> None:
+def test_adapters_start_with_a_kaiming_and_b_zero() -> None:
     quantizer = make(rank=16)
     assert not quantizer.b_RI.any()
     bound = 16**-0.5  # Kaiming uniform with a = sqrt(5): 1 / sqrt(fan-in)

@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrqat.errors import LrqatError
-from lrqat.fused import FusedTensor
 from lrqat.grid import Grid, dequantize
 from lrqat.layers import QuantLinear
 from lrqat.methods.gains import GainQuantizer
 from lrqat.methods.l4q import L4Q, l4q_start
 from lrqat.methods.lsq import LSQ
 from lrqat.methods.scales import Scales
+from lrqat.ptq import rtn
 from lrqat.ranges import start
-from lrqat.starts.codes import rounded
 
 # Two float32 sums in a row, of at most 256 terms each, against float64: typically sqrt(512) * 2^-24 = 1.3e-6.
 FLOAT32_SUMS = 1e-5
@@ -44,11 +43,6 @@ def make(method: str, spelling: str = "w4g32", p: float | None = 2.0, **options:
     if method == "l4q":
         return L4Q(weight_OI, parts, grid, generator=torch.Generator().manual_seed(0), **options)
     return Scales(weight_OI, parts, grid)
-
-
-def rtn(weight_OI: Tensor, grid: Grid, p: float | None) -> FusedTensor:
-    """Round to nearest."""
-    return rounded(weight_OI, start(weight_OI, grid, p), grid)
 
 
 def perturb(quantizer: GainQuantizer, size: float = 0.05, seed: int = 1) -> None:

@@ -87,19 +87,19 @@ def check(run: Path, method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "start", "flags"),
     [
-        ("lrqat", "gptq", "--rank 4"),
-        ("lrqat", "rtn", "--rank 4 --downcast int --loftq"),
+        ("lrqat", "gptq", "--rank 4 --lr 1e-1"),
+        ("lrqat", "rtn", "--rank 4 --downcast int --loftq --lr 1e-1"),
         ("lsq", "rtn", "--lr 1e-2"),
         ("l4q", "rtn", "--lr 1e-1"),
-        ("l4q", "awq+gptq", "--range-p 0"),
+        ("l4q", "awq+gptq", "--range-p 0 --lr 1e-1"),
         ("scales", "gptq", ""),
         ("efficientqat", "rtn", "--lr 1e-2 --block-epochs 1"),
-        ("efficientqat", "awq+gptq", ""),
+        ("efficientqat", "awq+gptq", "--lr 1e-2"),
         ("lrqat", "gptq", "--rank 4 --block-epochs 1 --lr 1e-3 --block-lr 1e-1"),
         ("lsq", "rtn", "--block-epochs 1 --lr 1e-2"),
         ("l4q", "rtn", "--block-epochs 1 --lr 1e-1"),
         ("scales", "gptq", "--block-epochs 1"),
-        ("lsq", "rtn", "--rotate 1 --untie-head"),
+        ("lsq", "rtn", "--rotate 1 --untie-head --lr 1e-2"),
     ],
 )
 def test_every_method_trains_and_fuses_from_every_start(
@@ -114,8 +114,7 @@ def test_every_method_trains_and_fuses_from_every_start(
     assert folder is not None
     trained = load_file(folder / "adapters.safetensors")
     assert {name.rpartition(".")[2] for name in trained} == TRAINED[method]
-    moved = summary(out)["codes_moved"]
-    assert moved == 0 if method == "scales" else moved > 0 or "1e-" not in flags
+    assert (summary(out)["codes_moved"] > 0) == (method != "scales")
     assert FusedCheckpoint.load(out).tied_head == ("--rotate" not in flags)
 
 

@@ -217,5 +217,4 @@ def test_awq_repairs_what_unbalanced_channels_cost(trained_model_dir: Path, pros
     before = divergence(load(), planned)
     awq_fold(model, planned, texts[0], 2.0)
     after = divergence(model, planned)
-    print("rtn", before, "awq", after)
     assert after < 0.7 * before
