@@ -248,6 +248,7 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
     """Block-AP: swap and train layer by layer; EfficientQAT's codes are frozen then. Finished layers are kept."""
     assert settings.block_epochs
     lr = settings.lr if settings.block_lr is None else settings.block_lr
+    rounding = Rounding().but(settings.activations, settings.kv)
     parts: Found = {}
 
     def gptq(walk: Walk, number: int, x_NTH: Tensor, y_NTH: Tensor) -> dict[str, Tensor]:
@@ -271,6 +272,7 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
         ),
         begin=gptq if "gptq" in settings.beginning.steps else None,
         finish=frozen_codes if settings.method == "efficientqat" else None,
+        rounding=rounding,
         folder=folder,
         key=key,
     )
@@ -278,4 +280,4 @@ def train_blocks(model: Any, plan: Plan, settings: TrainSettings, blocks_NT: Ten
         log(f"block-ap: relative error of the last layer's output {errors[-1]:.3g}")
     if settings.compile:
         compile_tiles(model)
-    Rounding().but(None, settings.kv).apply(model)  # Block-AP's targets and inputs have none
+    rounding.keys(model)

@@ -35,6 +35,7 @@ from lrqat.methods.gains import GainQuantizer
 from lrqat.methods.scales import Scales
 from lrqat.optimizer import make_optimizer
 from lrqat.plan import Plan
+from lrqat.rounding import Rounding, quantized_layers
 from lrqat.sites import TRAINED
 from lrqat.starts.walk import Walk, decoder_layers
 
@@ -76,6 +77,7 @@ def block_ap(
     *,
     begin: Begin | None = None,
     finish: Finish | None = None,
+    rounding: Rounding | None = None,
     folder: Path | None = None,
     key: str = "",
 ) -> list[float]:
@@ -93,6 +95,7 @@ def block_ap(
             weights that the layer is to begin with, by site, for example GPTQ's W' (`gptq_layer`). Not called for
             a layer that is read from its file: there `make` may begin anywhere, what it made is overwritten.
         finish: what becomes of each trained quantizer.
+        rounding: of what flows into quantized layers, from when they are trained on. Keys and values stay as they are.
         folder: holds a file for each finished layer; None: nothing is kept.
         key: identifies model, data and settings; files under another key are refused.
     """
@@ -119,6 +122,8 @@ def block_ap(
             else:
                 walk.run(number, teacher_NTH, teacher_NTH)
         swap(model, plans[number], make)
+        if rounding:
+            rounding.inputs(layer, quantized_layers(layer))
         if walk and trains:
             if settings.compile:
                 compile_tiles(layer)
@@ -137,6 +142,8 @@ def block_ap(
     rest = outside(plan, f"{prefix}.")
     if rest.grids:
         swap(model, rest, make)
+        if rounding:
+            rounding.inputs(model, [name for name in quantized_layers(model) if not name.startswith(f"{prefix}.")])
     for name, quantizer in quantizers(model).items():
         quantizer.requires_grad_(plan.sites[name].kind in TRAINED)
     return errors

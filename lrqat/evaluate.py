@@ -208,7 +208,7 @@ def load_any(source: str, dtype: torch.dtype, rounding: Rounding | None = None) 
         return rounded_model(checkpoint, rounding, dtype).to(device()), fused_tokenizer(checkpoint)
     base = locate(source)
     model = base.model(dtype).to(device())
-    rounding.apply_to(model, [])
+    rounding.keys(model)
     return model, base.tokenizer
 
 

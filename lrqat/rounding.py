@@ -72,18 +72,25 @@ class Rounding:
 
     def apply(self, model: Any) -> None:
         """Round in a model whose quantized layers are QuantLinear."""
-        names = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
-        self.apply_to(model, names)
+        self.inputs(model, quantized_layers(model))
+        self.keys(model)
 
-    def apply_to(self, model: Any, names: list[str]) -> None:
-        """Round in a model, in front of these modules."""
-        query_bits: int | None = None
+    def inputs(self, model: Any, names: list[str]) -> None:
+        """Round activations in front of these modules."""
         if self.activations is not None:
             bits, symmetric = ACTIVATIONS[self.activations]
             round_inputs(model, names, bits, symmetric=symmetric)
-            query_bits = None if symmetric else bits
+
+    def keys(self, model: Any) -> None:
+        """Round keys and values, and queries where activations are rounded as the paper's are."""
         if self.kv is not None:
-            round_kv(model, KV[self.kv], query_bits)
+            bits, symmetric = ACTIVATIONS.get(self.activations or NONE, (None, False))
+            round_kv(model, KV[self.kv], None if symmetric else bits)
+
+
+def quantized_layers(model: Any) -> list[str]:
+    """Names of a model's QuantLinear modules."""
+    return [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
 
 
 def rounded_model(checkpoint: FusedCheckpoint, rounding: Rounding, dtype: torch.dtype = torch.float32) -> Any:
@@ -96,6 +103,7 @@ def rounded_model(checkpoint: FusedCheckpoint, rounding: Rounding, dtype: torch.
     if rounding.activations is not None and grids:  # in transformers' fused experts nothing can be rounded
         device = torch.device("cpu")
         swap(model, Plan(experts, grids), lambda site, _weight, _grid: Rounded(checkpoint.tensors[site.name], device))
-        names += [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
-    rounding.apply_to(model, names)
+        names += quantized_layers(model)
+    rounding.inputs(model, names)
+    rounding.keys(model)
     return model

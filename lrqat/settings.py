@@ -198,8 +198,6 @@ class TrainSettings:
             raise LrqatError("block_lr_scales: at 0, method scales has nothing to train by blocks; give another")
         if self.loftq and self.downcast != "int":
             raise LrqatError(f"loftq: downcast {self.downcast} loses nothing to make up for; use --downcast int")
-        if self.activations not in (None, NONE) and self.block_epochs:
-            raise LrqatError("activations: Block-AP does not round them; use no --block-epochs, or leave it out")
 
     @property
     def assignment(self) -> Assignment:

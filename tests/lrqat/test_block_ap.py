@@ -14,12 +14,14 @@ from lrqat.block_ap import BlockSettings, block_ap, frozen_codes
 from lrqat.errors import LrqatError
 from lrqat.evaluate import score
 from lrqat.grid import Grid
-from lrqat.layers import quantizers
+from lrqat.layers import quantizers, swap
 from lrqat.methods.base import WeightQuantizer
 from lrqat.methods.lr_qat import LRQAT
 from lrqat.methods.lsq import LSQ
+from lrqat.methods.rounded import Rounded
 from lrqat.plan import Plan, plan
 from lrqat.ranges import start
+from lrqat.rounding import Rounding
 from lrqat.sites import Site
 from lrqat.starts.codes import rounded
 from lrqat.starts.gptq import gptq_layer
@@ -107,6 +109,31 @@ def test_it_goes_on_behind_the_last_finished_layer_to_the_same_codes(
     model, planned = load(trained_model_dir)
     with pytest.raises(LrqatError, match=r"^[^\n]*layer_0000[^\n]*other settings[^\n]*$"):
         block_ap(model, planned, texts[0][:32], Maker(), QUICK, folder=tmp_path / "a", key="another")
+
+
+def test_layers_learn_behind_rounded_activations_each_rounded_once(
+    trained_model_dir: Path, texts: list[Tensor], tmp_path: Path
+) -> None:
+    model, planned = load(trained_model_dir)
+    plain = block_ap(model, planned, texts[0][:32], Maker(), UNTRAINED)
+    model, planned = load(trained_model_dir)
+    rounding = Rounding("4")
+    rough = block_ap(model, planned, texts[0][:32], Maker(), UNTRAINED, rounding=rounding)
+    model, planned = load(trained_model_dir)
+    trained = block_ap(model, planned, texts[0][:32], Maker(), QUICK, rounding=rounding, folder=tmp_path, key="k")
+    assert all(x > y for x, y in zip(rough, plain, strict=True))
+    assert all(x < y for x, y in zip(trained, rough, strict=True))
+    again, planned = load(trained_model_dir)
+    assert (
+        block_ap(again, planned, texts[0][:32], Maker(), QUICK, rounding=rounding, folder=tmp_path, key="k") == trained
+    )
+    judged, planned = load(trained_model_dir)
+    fused = {name: quantizer.fuse() for name, quantizer in quantizers(model).items()}
+    swap(judged, planned, lambda site, _weight, _grid: Rounded(fused[site.name], torch.device("cpu")))
+    rounding.apply(judged)
+    with torch.no_grad():
+        expected = judged(texts[1][:1]).logits
+        assert torch.equal(model(texts[1][:1]).logits, expected) and torch.equal(again(texts[1][:1]).logits, expected)
 
 
 def test_where_all_layers_are_finished_no_state_is_computed(

@@ -84,7 +84,7 @@ def test_queries_are_rounded_as_the_papers_activations_are_and_no_runtimes(
 ) -> None:
     asked: list[tuple[int, int | None]] = []
     monkeypatch.setattr("lrqat.rounding.round_kv", lambda _model, kv, query: asked.append((kv, query)))
-    Rounding(activations, "8").apply_to(torch.nn.Module(), [])
+    Rounding(activations, "8").keys(torch.nn.Module())
     assert asked == [(8, bits)]
 
 
