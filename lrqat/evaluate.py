@@ -1,7 +1,8 @@
 """Perplexity, KL and top-1 agreement of one model against another, on the same tokens.
 
     token perplexity   exp(mean -log q(next token))
-    word perplexity    exp(total nats / words), words split at white space: comparable between tokenizers
+    word perplexity    exp(total nats / words), words split at white space: comparable between tokenizers that see the
+                       same text (all of it: without --blocks); what a block's edge cuts is a word in both
     KL                 mean KL(reference || model), nats per token
     top-1              share of tokens where both models rank the same token first
 

@@ -9,7 +9,9 @@ same function, in float arithmetic, and W diag(t) is what gets rounded, by any s
     min over alpha of sum over the linear layers of |X (W - Q(W diag(t)) diag(1/t))^T|^2
 
 Each of the four places of a llama-like layer (`lrqat.starts.fold`) has its own t; in attention with fewer value heads
-than heads, t is shared by the heads that share a value. alpha = 0 is t = 1: no place gets worse.
+than heads, t is shared by the heads that share a value. alpha = 0 is t = 1: no place gets worse. Where a model fuses
+qkv_proj and gate_up_proj (Phi-3), two places are left, the norms. For the authors' search for clipping stands the
+grid's own search for ranges (`lrqat.ranges`).
 
 The model's dtype rounds W diag(t) and the norms once more: fold in float32 where that matters.
 """

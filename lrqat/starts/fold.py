@@ -28,7 +28,7 @@ class LlamaLayer:
 
     Attributes:
         norms: (norm, the linear layers that read it): of attention, of the MLP.
-        v, o, up, down: None where a model fuses or lacks them.
+        v, qkv, o, up, down: None where a model fuses or lacks them.
         head_dim: of a value.
     """
 
@@ -47,6 +47,7 @@ class LlamaLayer:
             check_norm(norm, name)
             self.norms.append((norm, readers))
         self.v: Any = getattr(attention, "v_proj", None)
+        self.qkv: Any = getattr(attention, "qkv_proj", None)
         self.o: Any = getattr(attention, "o_proj", None)
         self.up: Any = getattr(mlp, "up_proj", None)
         self.down: Any = getattr(mlp, "down_proj", None)
@@ -60,6 +61,15 @@ class LlamaLayer:
         if self.up is not None and self.down is not None:
             found.append((self.up, [self.down], torch.arange(self.down.in_features)))
         return found
+
+    def values(self) -> list[Tensor]:
+        """Weight, and bias if there is one, of the values: v_proj's, or the last rows of qkv_proj's (views)."""
+        if self.v is not None:
+            return [p for p in (self.v.weight, self.v.bias) if p is not None]
+        if self.qkv is None or self.o is None:
+            return []
+        count = (self.qkv.out_features - self.o.in_features) // 2
+        return [p[-count:] for p in (self.qkv.weight, self.qkv.bias) if p is not None]
 
     def value_of_inputs(self) -> Tensor:
         """Rows of v_proj that o_proj's inputs come from: with K value heads for H heads, head h reads h // (H / K)."""

@@ -5,8 +5,9 @@ basis without outliers.
     R1 [H, H]    embedding E R;  readers W R;  o_proj, down_proj R^T W                 the residual stream becomes h R
     R2 [D, D]    v_proj, per value head, R2^T W;  o_proj, per head, W R2               inside attention
 
-The readers are q, k, v, gate, up and the head. R is a random Hadamard matrix where the size is a power of two, else one
-times a random orthogonal matrix of the odd rest. All products are formed in float64 and rounded once to the dtype.
+The readers are q, k, v, gate, up and the head; of a fused qkv_proj the last rows are v_proj's. R is a random Hadamard
+matrix where the size is a power of two, else one times a random orthogonal matrix of the odd rest. All products are
+formed in float64 and rounded once to the dtype.
 
 The head reads the final norm, so it gets R1 and that norm's weight, the embedding R1 alone: a tied head has to be
 untied, which costs V x H more parameters, in memory and in the exported file. Refused unless asked for.
@@ -72,7 +73,7 @@ def rotate(model: Any, seed: int, *, untie: bool = False, values: bool = True) -
             assign(writer.weight, r1_HH.T @ writer.weight.double())
             if writer.bias is not None:
                 assign(writer.bias, writer.bias.double() @ r1_HH)
-        if values and layer.v is not None and layer.head_dim:
+        if values and layer.values() and layer.head_dim:
             rotate_values(layer, orthogonal(layer.head_dim, generator).to(r1_HH.device))
     off = (probe(model) - before_TV).norm() / before_TV.norm()
     if not off < TOLERANCE[embedding.weight.dtype]:
@@ -92,10 +93,9 @@ def probe(model: Any) -> Tensor:
 
 def rotate_values(layer: LlamaLayer, r2_DD: Tensor) -> None:
     """v R2 in every value head, undone by o_proj. A value's bias is rotated with it."""
-    heads = layer.v.weight.double().unflatten(0, (-1, layer.head_dim))
-    assign(layer.v.weight, torch.einsum("kdi,de->kei", heads, r2_DD).flatten(0, 1))
-    if layer.v.bias is not None:
-        assign(layer.v.bias, (layer.v.bias.double().unflatten(0, (-1, layer.head_dim)) @ r2_DD).flatten())
+    for value in layer.values():
+        heads = value.double().unflatten(0, (-1, layer.head_dim))
+        assign(value, torch.einsum("kd...,de->ke...", heads, r2_DD).flatten(0, 1))
     heads = layer.o.weight.double().unflatten(1, (-1, layer.head_dim))
     assign(layer.o.weight, (heads @ r2_DD).flatten(1))
 

@@ -78,6 +78,25 @@ def test_a_rotated_model_computes_the_same(values: bool, bias: bool) -> None:
     assert all((p == 1).all() for name, p in model.named_parameters() if "norm" in name)
 
 
+def test_a_fused_qkv_has_its_values_rotated_too() -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config = Phi3Config(vocab_size=96, num_hidden_layers=2, pad_token_id=0, tie_word_embeddings=False, **sizes)
+    found = []
+    for values in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Phi3ForCausalLM(config).eval().requires_grad_(False)
+        before = logits(model)
+        rotate(model, 0, values=values)
+        assert same_function(before, logits(model))
+        found.append(model.model.layers[1].self_attn.qkv_proj.weight)
+    fused, queries_and_keys = found[0], 96 + 2 * 16
+    assert torch.equal(found[1][:queries_and_keys], fused[:queries_and_keys])
+    assert not torch.allclose(found[1][queries_and_keys:], fused[queries_and_keys:], atol=1e-3)
+
+
 def test_another_seed_is_another_rotation_and_the_same_seed_the_same() -> None:
     found = []
     for seed in (0, 0, 1):
