@@ -2,10 +2,10 @@
 
 The order of work that L4Q (arXiv 2402.04902) argues against. The rounding is `lrqat ptq`'s, so that the rows of L4Q and
 of this script (l4q of benchmarks/quality.yaml) differ in the training alone: that one begins at the nearest codes, this
-one ends there, both after 60 steps of two blocks of the same text. Rank 4 is L4Q's, alpha 8 and every linear but the
+one ends there, both after 40 steps of two blocks of the same text. Rank 4 is L4Q's, alpha 8 and every linear but the
 head PEFT's usual. This script wants lrqat's own environment with peft in it.
 
-    python benchmarks/peers/with_peft.py MODEL OUT --grid w3g64-min --steps 60 --text FILE...
+    python benchmarks/peers/with_peft.py MODEL OUT --grid w3g64-min --steps 40 --text FILE...
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     """Train, merge, round, and write what was rounded."""
     arguments = parser(__doc__ or "", grid=None)
     arguments.add_argument("--grid", default="w3g64-min", help="as `lrqat ptq` has them (w3g64-min)")
-    arguments.add_argument("--steps", type=int, default=60, help="AdamW steps (60)")
+    arguments.add_argument("--steps", type=int, default=40, help="AdamW steps (40)")
     arguments.add_argument("--seq-len", type=int, default=512, help="tokens of a block (512)")
     arguments.add_argument("--batch", type=int, default=2, help="blocks a step (2)")
     arguments.add_argument("--rank", type=int, default=4, help="of the adapters (4)")
