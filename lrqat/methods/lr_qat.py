@@ -99,8 +99,8 @@ class LRQAT(GainQuantizer):
             if self.downcast == "fixed":
                 return self.grid.to_fixed(x_KI)
             if self.downcast == "eq7":
-                begin, one = self.grid.fixed_point
-                return x_KI.sub_(ceil(begin)).mul_(one).round_().clamp_(-128, 127).to(torch.int8)
+                origin, one = self._lattice
+                return x_KI.sub_(origin).mul_(one).round_().clamp_(-128, 127).to(torch.int8)
             return self._pack(self.grid.encode(self.grid.nearest(x_KI)))
 
         return fill(weight_OI, store)
@@ -111,11 +111,17 @@ class LRQAT(GainQuantizer):
         delta_KI = passing((len(a_KR), self.shape[1]), torch.float32, a_KR.device, "delta")
         return self._phi(rows), torch.mm(a_KR, b_RI, out=delta_KI)
 
+    @property
+    def _lattice(self) -> tuple[float, float]:
+        """(origin, one) of eq. 7: Phi0 is i / one from the code in the middle of the range, i an int8."""
+        begin, one = self.grid.fixed_point
+        return ceil(begin), one
+
     def _phi(self, rows: Rows) -> Tensor:
         phi_KI = self.stored("phi", rows, self.a_OR.device)
         if self.downcast == "eq7":
-            begin, one = self.grid.fixed_point
-            return phi_KI.float().div_(one).add_(ceil(begin))
+            origin, one = self._lattice
+            return phi_KI.float().div_(one).add_(origin)
         return self._unpack(phi_KI) if self.downcast == "int" else phi_KI
 
     @staticmethod
