@@ -15,6 +15,7 @@ from importlib.metadata import version
 
 import nncf
 import torch
+import torchao  # noqa: F401  (nncf.strip wants it, which would say so only when all is trained)
 from nncf.parameters import BackupMode, CompressionFormat, CompressWeightsMode, StripFormat
 from nncf.quantization.advanced_parameters import AdvancedCompressionParameters
 from nncf.torch.function_hook.wrapper import get_hook_storage
