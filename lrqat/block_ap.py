@@ -41,6 +41,7 @@ from lrqat.starts.walk import Walk, decoder_layers
 
 Begin = Callable[[Walk, int, Tensor, Tensor], Mapping[str, Tensor]]
 Finish = Callable[[WeightQuantizer], WeightQuantizer]
+NOTHING = Rounding()
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def block_ap(
     *,
     begin: Begin | None = None,
     finish: Finish | None = None,
-    rounding: Rounding | None = None,
+    rounding: Rounding = NOTHING,
     folder: Path | None = None,
     key: str = "",
 ) -> list[float]:
@@ -122,8 +123,7 @@ def block_ap(
             else:
                 walk.run(number, teacher_NTH, teacher_NTH)
         swap(model, plans[number], make)
-        if rounding:
-            rounding.inputs(layer, quantized_layers(layer))
+        rounding.inputs(layer, quantized_layers(layer))
         if walk and trains:
             if settings.compile:
                 compile_tiles(layer)
@@ -142,8 +142,7 @@ def block_ap(
     rest = outside(plan, f"{prefix}.")
     if rest.grids:
         swap(model, rest, make)
-        if rounding:
-            rounding.inputs(model, [name for name in quantized_layers(model) if not name.startswith(f"{prefix}.")])
+        rounding.inputs(model, [name for name in quantized_layers(model) if not name.startswith(f"{prefix}.")])
     for name, quantizer in quantizers(model).items():
         quantizer.requires_grad_(plan.sites[name].kind in TRAINED)
     return errors

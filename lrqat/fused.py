@@ -138,6 +138,16 @@ class FusedSpec:
     grid: Grid
     shape: tuple[int, int]
 
+    @property
+    def weights(self) -> int:
+        """How many they are."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def bits(self) -> float:
+        """Of all of them on the wire, scales included."""
+        return self.grid.bits_per_weight(*self.shape) * self.weights
+
     def parts(self, name: str) -> dict[str, Spec]:
         """What the weight is made of on disk: codes first."""
         wire = self.grid.parts(*self.shape, name)
@@ -195,10 +205,10 @@ class FusedCheckpoint:
 
     def counts(self) -> dict[str, int | float]:
         """Parameters that are quantized, skipped on request, and dense by nature; bits of all of them, on average."""
-        quantized = sum(s.shape[0] * s.shape[1] for s in self.specs.values())
+        quantized = sum(s.weights for s in self.specs.values())
         numel = {name: torch.Size(s.shape).numel() for name, s in self.dense_specs.items()}
         skipped = sum(numel.get(name, 0) for name in self.provenance.get("skipped", ()))
-        bits = sum(s.grid.bits_per_weight(*s.shape) * s.shape[0] * s.shape[1] for s in self.specs.values())
+        bits = sum(s.bits for s in self.specs.values())
         bits += sum(8 * s.dtype.itemsize * numel[name] for name, s in self.dense_specs.items())
         return {
             "quantized_weights": len(self.specs),

@@ -84,7 +84,7 @@ class Rounding:
     def keys(self, model: Any) -> None:
         """Round keys and values, and queries where activations are rounded as the paper's are."""
         if self.kv is not None:
-            bits, symmetric = ACTIVATIONS.get(self.activations or NONE, (None, False))
+            bits, symmetric = ACTIVATIONS[self.activations] if self.activations else (None, False)
             round_kv(model, KV[self.kv], None if symmetric else bits)
 
 

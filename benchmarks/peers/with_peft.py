@@ -10,7 +10,6 @@ head PEFT's usual. This script wants lrqat's own environment with peft in it.
 
 from __future__ import annotations
 
-import math
 import shutil
 import subprocess
 import sys
@@ -57,7 +56,7 @@ def main() -> None:
     cost = Cost.so_far()
     checkpoint = FusedCheckpoint.load(out / "rounded")
     weights = {**checkpoint.dense, **{name: fused.dequantize() for name, fused in checkpoint.tensors.items()}}
-    quantized = [(spec.grid.bits_per_weight(*spec.shape), math.prod(spec.shape)) for spec in checkpoint.specs.values()]
+    specs = checkpoint.specs.values()
     for leftover in ("merged", "rounded"):
         shutil.rmtree(out / leftover)
     finish(
@@ -71,7 +70,7 @@ def main() -> None:
         settings=f"cross-entropy, rank {args.rank}, {args.steps} steps of {args.batch} x {args.seq_len} tokens, "
         f"lr {args.lr:g}; merged, then rounded to nearest",
         grid=args.grid,
-        bits_per_weight=sum(map(math.prod, quantized)) / sum(count for _, count in quantized),
+        bits_per_weight=sum(spec.bits for spec in specs) / sum(spec.weights for spec in specs),
     )
 
 

@@ -300,14 +300,12 @@ def execute(
     checkpoint = FusedCheckpoint.load(run_folder)
     counts = checkpoint.counts()
     specs = [spec for name, spec in checkpoint.specs.items() if ".layers." in name]  # not embeddings and head
-    weights = sum(spec.shape[0] * spec.shape[1] for spec in specs)
-    bits = sum(spec.grid.bits_per_weight(*spec.shape) * spec.shape[0] * spec.shape[1] for spec in specs)
     return {
         "tool": "lrqat",
         "version": lrqat.__version__,
         "code_sha256": sha256(sorted(Path(lrqat.__file__).parent.rglob("*.py"))),
         "method": said["method"],
-        "bits_per_weight": bits / weights,
+        "bits_per_weight": sum(spec.bits for spec in specs) / sum(spec.weights for spec in specs),
         "megabytes": counts["bits_per_weight"] * (counts["quantized"] + counts["skipped"] + counts["dense"]) / 8e6,
         "seconds": sum(cost["seconds"] for cost in known),
         "cpu_seconds": sum(cost["cpu_seconds"] for cost in known),

@@ -97,7 +97,7 @@ def test_cpu_is_refused_without_a_gpu_and_a_full_disk_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("method", ["lrqat", "lsq", "l4q", "scales"])
-@pytest.mark.parametrize("downcast", ["fixed", "int", "bf16"])
+@pytest.mark.parametrize("downcast", ["fixed", "eq7", "int", "bf16"])
 def test_the_announced_bytes_are_those_of_the_tensors(tiny_model_dir: Path, method: str, downcast: str) -> None:
     from lrqat.begin import swap_for_training
     from lrqat.layers import quantizers
