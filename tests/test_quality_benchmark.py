@@ -370,7 +370,7 @@ def test_the_plan_that_comes_with_it_is_sound() -> None:
     path = Path(__file__).resolve().parent.parent / "benchmarks" / "quality.yaml"
     found = plan.read(path, Path("."))
     plan.check(found, ["text.txt"])
-    assert len(found) == 44 and len({row.label for row in found}) == 44
+    assert len(found) == 45 and len({row.label for row in found}) == 45
     trained = {row.grid for row in found if row.name == "lrqat rotated"}
     assert trained == {row.grid for row in found if row.name == "rtn"}
 
